@@ -1025,9 +1025,13 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_totals):
-        scale = d_totals[0]  # only the first total is differentiable
-        gradients = [None if g is None else (g * scale.to(g.dtype) if i == 0 else g.mul_(scale.to(g.dtype))).to(dtype)
-                     for i, (g, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes))]
+        gradients = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes):
+            if gradient is not None:
+                scale = d_totals[0].to(gradient.dtype)  # only the first total is differentiable
+                # in place: (V, H) is large. float64 is for gradient checks, which call backward again.
+                gradient = (gradient * scale if gradient.dtype == torch.float64 else gradient.mul_(scale)).to(dtype)
+            gradients.append(gradient)
         return (*gradients, None, None, None)
 
 
@@ -1036,7 +1040,7 @@ def chunked_head_loss(hidden, head, blocks, block_loss):
 
     hidden (R, H); blocks: list of (rows (r,), ...) tuples; block_loss(logits (r, V), rows, ...) -> (k,) float64 sums,
     after overwriting logits with the gradient of the first sum. -> (k,) totals; the first is differentiable in hidden, weight
-    and bias. Under no_grad nothing but the values is computed. backward may be called once.
+    and bias. Under no_grad nothing but the values is computed. In fp32 and bf16 backward may be called only once.
     """
     want_gradient = torch.is_grad_enabled()
     return _ChunkedHead.apply(hidden, head.weight, head.bias, blocks, block_loss, want_gradient)

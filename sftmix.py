@@ -514,9 +514,9 @@ def main(argv=None):
         common.show_examples(list(examples.values()), tokenizer)
 
     # ---- Step 1: the reference's training dynamics
-    if stage == "train":
-        perplexity = state["method"]["perplexity"].numpy() if "perplexity" in state["method"] else None
-    elif uses_confidence and perplexity is None:
+    if stage == "train" and uses_confidence and perplexity is None:
+        perplexity = read_confidence(run.folder / "confidence.jsonl", fingerprint, len(source))  # Step 1 was over
+    if uses_confidence and perplexity is None:
         if args.ref_model:
             del model
             free()
