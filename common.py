@@ -304,7 +304,7 @@ def rows_from_record(record, file="data", number=1):
                 contexts = contexts.get("contexts", []) if isinstance(contexts, dict) else contexts
                 return [Row((("user", _text(keys["question"])),), _text(keys["long_answer"]), "\n".join(map(_text, contexts)), file, number)]
             for prompt, extra, response in FLAT_SCHEMAS:
-                if prompt in keys and response in keys:
+                if keys.get(prompt) is not None and response in keys:
                     return [Row((("user", _text(keys[prompt])),), _text(keys[response]), _text(keys.get(extra)), file, number)]
             if "text" in keys:
                 return [Row((), _text(keys["text"]), file=file, number=number)]
@@ -1238,8 +1238,9 @@ class Run:
             if saved.exists() and not self.finished:
                 self.state = torch.load(saved, map_location="cpu", weights_only=True)
                 offset, self.time, self._before = (self.state[key] for key in ("metrics_offset", "time", "seconds"))
+        writer = None if self.finished else self._tracker_library(args.track)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._tracker = None if self.finished else self._open_tracker(args)
+        self._tracker = writer and self._open_tracker(args.track, writer, args)
         if not args.resume:
             versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
                         "datasets": hf_datasets.__version__, "numpy": np.__version__,
@@ -1263,23 +1264,28 @@ class Run:
             if old.get(key) != value:
                 raise UserError(f"--resume: {key.replace('_', ' ')} differs from the first start; has a data file or the model changed?")
 
-    def _open_tracker(self, args):
-        if args.track == "tensorboard":
-            try:
+    @staticmethod
+    def _tracker_library(name):
+        """The tracker's library, imported only when asked for."""
+        try:
+            if name == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--track tensorboard needs: pip install tensorboard") from None
-            writer = SummaryWriter(self.folder / "tensorboard")
-            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()] and writer.flush()
-        if args.track == "wandb":
-            try:
+                return SummaryWriter
+            if name == "wandb":
                 import wandb
-            except ImportError:
-                raise UserError("--track wandb needs: pip install wandb") from None
-            wandb.init(name=self.folder.name, dir=str(self.folder), config=vars(args), resume="allow", id=re.sub(r"\W", "-", self.folder.name))
-            wandb.define_metric("*", step_metric="step")  # a method's stages each count their own steps
-            return lambda step, values: wandb.log({"step": step, **values})
+                return wandb
+        except ImportError:
+            raise UserError(f"--track {name} needs: pip install {name}") from None
         return None
+
+    def _open_tracker(self, name, library, args):
+        """-> function(step, {metric: number}). A method's stages each count their own steps."""
+        if name == "tensorboard":
+            writer = library(self.folder / "tensorboard")
+            return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()] and writer.flush()
+        library.init(name=self.folder.name, dir=str(self.folder), config=vars(args), resume="allow", id=re.sub(r"\W", "-", self.folder.name))
+        library.define_metric("*", step_metric="step")
+        return lambda step, values: library.log({"step": step, **values})
 
     @contextlib.contextmanager
     def timer(self, name):
