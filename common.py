@@ -759,6 +759,9 @@ def load_model(name, device, *, seed=0, dtype="fp32", gradient_checkpointing=Fal
                 model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=storage)
         except Exception as error:  # transformers raises many types, with messages of many lines
             raise UserError(f"--model {name}: cannot be loaded ({type(error).__name__}: {str(error)[:300]})") from None
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(f"--model {name}: the tokenizer has {len(tokenizer):,} tokens, the model embeds only {rows:,}")
     model.config.use_cache = False
     if lora_rank:
         import peft
