@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -887,7 +887,7 @@ def length_grouped(order, lengths, sizes, rng, window=LENGTH_WINDOW):
     """
     batches, at = [], 0
     for first in range(0, len(sizes), window):
-        counts = sizes[first:first + window]
+        counts = np.asarray(sizes[first:first + window])
         block = order[at:at + counts.sum()]
         at += counts.sum()
         block = block[np.argsort(lengths[block], kind="stable")]
@@ -900,6 +900,45 @@ def epoch_batches(lengths, batch_size, seed, epoch, stream="order"):
     """One epoch of shuffled, length-grouped batches over all examples -> list of index arrays; each example once."""
     rng = data_rng(seed, stream, epoch)
     return length_grouped(rng.permutation(len(lengths)), np.asarray(lengths), batch_sizes(len(lengths), batch_size), rng)
+
+
+class MixtureSampler:
+    """Batches whose examples come from K datasets with given probabilities: for each example a dataset is drawn, then that
+    dataset's next example. Every dataset is passed through in a random order without replacement, reshuffled for each pass.
+    The order is a function of (seed, dataset, pass) and the draws one of (seed, step), so `drawn` is the whole state.
+
+    sizes (K,) examples per dataset; lengths (N,) tokens of all examples, dataset after dataset: an example's index is its
+    place there. drawn (K,): examples taken from each dataset so far.
+    """
+
+    def __init__(self, sizes, lengths, batch_size, seed):
+        self.sizes, self.lengths = np.asarray(sizes, dtype=np.int64), np.asarray(lengths)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.batch_size, self.seed = batch_size, seed
+        self.drawn, self._order = np.zeros(len(self.sizes), dtype=np.int64), {}
+
+    def _take(self, k, count):
+        """The next count examples of dataset k, over as many passes as that needs -> indices."""
+        parts = []
+        while count:
+            number, at = divmod(int(self.drawn[k]), int(self.sizes[k]))
+            if self._order.get(k, (None,))[0] != number:
+                self._order[k] = number, data_rng(self.seed, "pass", k, number).permutation(self.sizes[k])
+            part = self._order[k][1][at:at + count]
+            parts.append(part)
+            self.drawn[k] += len(part)
+            count -= len(part)
+        return self.starts[k] + np.concatenate(parts)
+
+    def batches(self, probabilities, step, steps=1):
+        """The batches of optimizer steps step .. step + steps - 1, drawn with probabilities (K,) -> list of index arrays.
+        Several at once are sorted by length before they are cut (less padding), then shuffled."""
+        rng = data_rng(self.seed, "mixture", step)
+        arms = rng.choice(len(self.sizes), steps * self.batch_size, p=probabilities)
+        order = np.empty(len(arms), dtype=np.int64)
+        for k in np.unique(arms):
+            order[arms == k] = self._take(k, int((arms == k).sum()))
+        return length_grouped(order, self.lengths, [self.batch_size] * steps, rng, window=steps)
 
 
 def rank_slice(batch, rank, world):
@@ -1116,6 +1155,36 @@ def evaluate(model, eval_sets, batch_size, device, dtype, progress=True):
         result[label] = {"nll": float(mean), "ppl": float(np.exp(min(mean, 700.0))),
                          "accuracy": float(correct.sum() / tokens.sum()), "tokens": int(tokens.sum())}
     return result
+
+
+def encode_choices(rows, tokenizer, template, max_length):
+    """Multiple-choice rows -> (list of questions, {reason: rows left out}). A question is a list of Examples, one a choice in
+    the row's order, without an end token: what differs between the choices is the answer alone. A question with a choice
+    that does not fit into max_length is left out. Raises UserError where a row has no choices."""
+    flat, questions, dropped = [], [], {}
+    for row in rows:
+        if len(row.choices) < 2:
+            raise UserError(f"{row.where}: is no multiple-choice row, accuracy over choices cannot be measured on it")
+        flat += [replace(row, response=choice) for choice in row.choices]
+    examples, _ = encode(flat, tokenizer, template, max_length)
+    whole = {example.row: replace(example, ids=example.ids[:-1]) for example in examples
+             if example.ids[-1] == tokenizer.eos_token_id and example.response_tokens > 1}
+    at = 0
+    for number, row in enumerate(rows):
+        question = [whole.get(i) for i in range(at, at + len(row.choices))]
+        at += len(row.choices)
+        if None in question:
+            dropped["a choice does not fit"] = dropped.get("a choice does not fit", 0) + 1
+        else:
+            questions.append([replace(example, row=number) for example in question])
+    return questions, dropped
+
+
+def choose(model, questions, batch_size, device, dtype, progress=None):
+    """Log-likelihood of every choice, summed over its tokens -> list of float64 arrays, one a question (lm-eval's `acc`
+    takes the argmax)."""
+    nll, _, _ = score(model, [example for question in questions for example in question], batch_size, device, dtype, progress)
+    return np.split(-nll, np.cumsum([len(question) for question in questions])[:-1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -385,6 +385,22 @@ def test_score_is_that_of_unpadded_examples(tokenizer):
     assert sets["nll"] == pytest.approx(nll.sum() / tokens.sum(), rel=1e-6) and sets["ppl"] == pytest.approx(math.exp(sets["nll"]))
 
 
+def test_choices_are_scored_without_the_end_token(tokenizer):
+    """Against the model's own logits, choice by choice; a question with a choice that does not fit is left out."""
+    rows = [Row((("user", "Which?"),), "b", choices=("aa", "b", "ccc"), answer=1), Row((("user", "Which?"),), "d", choices=("d", "e" * 60), answer=0)]
+    questions, dropped = common.encode_choices(rows, tokenizer, "plain", 40)
+    assert dropped == {"a choice does not fit": 1} and [supervised(example, tokenizer) for example in questions[0]] == ["aa", "b", "ccc"]
+    model = random_model("llama").eval()
+    scores, = common.choose(model, questions, 2, torch.device("cpu"), "fp32")
+    for example, value in zip(questions[0], scores):
+        ids = torch.from_numpy(example.ids)[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0].double()[example.start - 1:-1]
+        assert value == pytest.approx(-torch.nn.functional.cross_entropy(logits, ids[0, example.start:], reduction="sum").item(), rel=1e-5)
+    with pytest.raises(UserError, match="is no multiple-choice row"):
+        common.encode_choices([Row((), "text", file="f", number=1)], tokenizer, "plain", 40)
+
+
 # ---------------------------------------------------------------------------------------------------- batches
 
 
@@ -410,6 +426,34 @@ def test_length_grouping_saves_padding():
     efficiency = lambda batches: lengths.sum() / sum(len(b) * lengths[b].max() for b in batches)  # noqa: E731
     plain = np.array_split(np.random.default_rng(1).permutation(4000), 500)
     assert efficiency(plain) < 0.65 < 0.9 < efficiency(common.epoch_batches(lengths, 8, 0, 0))
+
+
+def test_mixture_sampler_passes_through_every_dataset_without_replacement():
+    sizes, lengths = [30, 7, 1], np.full(38, 50)  # of one length: batches keep the order of the draws
+    sampler = common.MixtureSampler(sizes, lengths, 8, seed=1)
+    drawn = [sampler.batches([0.5, 0.3, 0.2], step)[0] for step in range(20)]
+    assert [len(batch) for batch in drawn] == [8] * 20
+    flat = np.concatenate(drawn)
+    assert sampler.drawn.tolist() == [(flat < 30).sum(), ((flat >= 30) & (flat < 37)).sum(), (flat == 37).sum()]
+    for start, size in ((0, 30), (30, 7)):
+        counts = np.bincount(flat[(flat >= start) & (flat < start + size)] - start, minlength=size)
+        assert counts.max() - counts.min() <= 1  # nothing comes again before its dataset has been passed through
+    own = flat[(flat >= 30) & (flat < 37)]
+    assert own[:7].tolist() != own[7:14].tolist() and sorted(own[:7]) == sorted(own[7:14])  # reshuffled for each pass
+    again = common.MixtureSampler(sizes, lengths, 8, seed=1)  # `drawn` is the whole state
+    for step in range(10):
+        again.batches([0.5, 0.3, 0.2], step)
+    other = common.MixtureSampler(sizes, lengths, 8, seed=1)
+    other.drawn[:] = again.drawn
+    assert all(np.array_equal(other.batches([0.5, 0.3, 0.2], step)[0], drawn[step]) for step in range(10, 20))
+
+
+def test_mixture_sampler_draws_the_target_share():
+    sampler = common.MixtureSampler([100, 200, 50], np.ones(350, int), 1000, seed=0)
+    sampler.batches([0.1, 0.2, 0.7], 0, steps=20)
+    assert np.abs(sampler.drawn / 20000 - [0.1, 0.2, 0.7]).max() < 4 * np.sqrt(0.25 / 20000)
+    sampler.batches([0.0, 1.0, 0.0], 20)
+    assert sampler.drawn.sum() == 21000
 
 
 def test_ranks_share_a_batch():
