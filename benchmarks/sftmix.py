@@ -3,11 +3,14 @@
     python benchmarks/sftmix.py --seeds 5            # runs what is missing under runs/bench-sftmix, then prints the table
 
 The seed changes the model's initial weights, the data order and λ. Further flags go to every run: --epochs 10, ...
+Half of what changes from NTP to SFTMix is the make-up of a batch, which holds a confident and an unconfident half. The
+third variant keeps that and takes Mixup away: it is trained on SFTMix's batches with a μ too small to matter.
 """
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +18,12 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {"NTP": ["--mu", "0", "--ntp_on", "full"], "SFTMix": [], "SFTMix, random halves": ["--partition", "random"]}
+VARIANTS = {
+    "NTP": ["--mu", "0", "--ntp_on", "full"],
+    "SFTMix": [],
+    "SFTMix's batches, no Mixup": ["--mu", "1e-9", "--confidence", "{folder}/sftmix-{seed}/confidence.jsonl"],
+    "SFTMix, random halves": ["--partition", "random"],
+}
 
 
 def main(argv=None):
@@ -23,17 +31,18 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output_dir", default="runs/bench-sftmix")
     args, flags = parser.parse_known_args(argv)
-    losses = {}
-    for variant, own in VARIANTS.items():
-        for seed in range(args.seeds):
-            folder = Path(args.output_dir) / f"{variant.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    losses = {variant: [] for variant in VARIANTS}
+    for seed in range(args.seeds):
+        for variant, own in VARIANTS.items():
+            folder = Path(args.output_dir) / f"{re.sub('[^a-z]+', '-', variant.lower())}-{seed}"
+            own_flags = [flag.format(folder=args.output_dir, seed=seed) for flag in own]
             if not (folder / "summary.json").exists():
                 resume = ["--resume"] if (folder / "config.json").exists() else []
                 subprocess.run([sys.executable, str(ROOT / "sftmix.py"), "--model", "tiny", "--data", "toy", "--eval_data", "toy", "--template",
-                                "plain", "--lr", "1e-3", "--seed", str(seed), "--output_dir", str(folder), *own, *flags, *resume],
+                                "plain", "--lr", "1e-3", "--seed", str(seed), "--output_dir", str(folder), *own_flags, *flags, *resume],
                                check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             result = json.loads((folder / "summary.json").read_text())["eval"]
-            losses.setdefault(variant, []).append([row["nll"] for row in result.values()])
+            losses[variant].append([row["nll"] for row in result.values()])
     tasks = list(result)
     print(f"held-out loss (nats per response token), mean ± standard error over {args.seeds} seeds\n")
     print(f"| | {' | '.join(tasks)} | macro average |\n|---|{'---|' * (len(tasks) + 1)}")

@@ -12,7 +12,6 @@ import transformers
 import common
 
 datasets.disable_progress_bars()
-torch.set_num_threads(2)
 
 SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
              max_position_embeddings=512, vocab_size=259, bos_token_id=257, eos_token_id=258, pad_token_id=256)
