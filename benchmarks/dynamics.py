@@ -1,0 +1,93 @@
+"""DynaMiCS against every fixed mixture and gradient alignment where the constraints bite: the tables of docs/dynamics.md.
+
+    python benchmarks/dynamics.py --seeds 5          # runs what is missing under runs/bench-dynamics, then prints the table
+
+A base model (the tiny one) is trained on four toy tasks. Fine-tuning is to lower the loss on two tasks that it has never seen, add and
+sort, while the four keep the loss they had. Seeds change the order and the draws of the data, not the base model. Flags that
+the script does not know go to every run of dynamics.py: --lr 5e-4, --updates dense, ...
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+TARGETS, CONSTRAINTS = ["add", "sort"], ["copy", "compare", "describe", "count"]
+BASE_ROWS, TRAIN_ROWS, EVAL_ROWS = 2000, 400, 256  # per task: of the base model's training, of fine-tuning, of evaluation
+BASE_FLAGS = ["--mu", "0", "--ntp_on", "full", "--template", "plain", "--lr", "1e-3", "--epochs", "6", "--batch_size", "32"]
+FLAGS = ["--template", "plain", "--max_steps", "256", "--batch_size", "8", "--lr", "5e-4", "--updates", "light"]
+MASSES = ["0", "0.2", "0.5", "0.8", "0.9", "1"]
+VARIANTS = {"DynaMiCS": [], "DynaMiCS, damping 0.5": ["--damping", "0.5"], "gradient alignment": ["--mixture", "gradient"],
+            **{f"fixed, target mass {mass}": ["--mixture", "uniform", "--target_mass", mass] for mass in MASSES}}
+
+
+def write_data(folder):
+    """The toy tasks with more rows than `toy` has, as files: base_data/, train/ and eval/<task>.jsonl; no prompt in two of them."""
+    for task in TARGETS + CONSTRAINTS:
+        generate = common.TOY_TASKS[task][0]
+        rng, seen = np.random.default_rng([1, (TARGETS + CONSTRAINTS).index(task)]), {}
+        while len(seen) < BASE_ROWS + TRAIN_ROWS + EVAL_ROWS:
+            instruction, extra, response = generate(rng)
+            seen[instruction, extra] = response
+        rows = [json.dumps({"instruction": instruction, "input": extra, "output": response}) for (instruction, extra), response in seen.items()]
+        at = 0
+        for part, size in (("eval", EVAL_ROWS), ("train", TRAIN_ROWS), ("base_data", BASE_ROWS)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            common.write_text(folder / part / f"{task}.jsonl", "\n".join(rows[at:at + size]) + "\n")
+            at += size
+
+
+def run(script, folder, *flags):
+    """Run a script unless its folder is finished -> summary."""
+    if not (folder / "summary.json").exists():
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        subprocess.run([sys.executable, str(ROOT / script), "--output_dir", str(folder), *map(str, flags), *resume], check=True,
+                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return json.loads((folder / "summary.json").read_text())
+
+
+def mean_error(values):
+    values = np.array(values, dtype=float)
+    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return f"{values.mean():.2f} ± {error:.2f}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--output_dir", default="runs/bench-dynamics")
+    args, flags = parser.parse_known_args(argv)
+    folder, results = Path(args.output_dir), {}
+    write_data(folder)
+    tasks = TARGETS + CONSTRAINTS
+    run("sftmix.py", folder / "base", "--model", "tiny", "--data", *(folder / "base_data" / f"{task}.jsonl" for task in CONSTRAINTS),
+        "--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in tasks), *BASE_FLAGS)
+    for seed in range(args.seeds):
+        for variant in args.variants:
+            name = variant.replace(",", "").replace(" ", "-")
+            results.setdefault(variant, []).append(run(
+                "dynamics.py", folder / f"{name}-{seed}", "--model", folder / "base" / "final", "--lora_rank", 0,
+                "--data", *(folder / "train" / f"{task}.jsonl" for task in tasks), "--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in tasks),
+                "--targets", *TARGETS, "--constraints", *CONSTRAINTS, "--seed", seed, *FLAGS, *VARIANTS[variant], *flags))
+    print(f"{args.seeds} seeds, mean ± standard error; reduction: geometric mean of the targets' test perplexity against the base model, %, "
+          "0 for an infeasible run\n")
+    print("| | feasible on test rows | feasible checkpoint on validation rows | reduction | largest violation on test rows | cost of one run |\n|---|---|---|---|---|---|")
+    for variant, runs in results.items():
+        reports = [summary["report"] for summary in runs]
+        worst = [max(row["violation"] for row in report["constraints"].values()) for report in reports]
+        print(f"| {variant} | {sum(report['feasible'] for report in reports)}/{len(reports)} | {sum(report['feasible_on_validation'] for report in reports)}/"
+              f"{len(reports)} | {mean_error([report['reduction_percent'] for report in reports])} | {mean_error(worst)} | "
+              f"{mean_error([summary['cost']['total'] for summary in runs])} |")
+
+
+if __name__ == "__main__":
+    main()
