@@ -1439,6 +1439,15 @@ def new_figure(columns=1, rows=1, width=5.2, height=3.4):
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), layout="constrained", squeeze=False)
 
 
+def log_axis(axis):
+    """Make a matplotlib XAxis or YAxis logarithmic with plain numbers (4, 6, 10 instead of powers of ten)."""
+    from matplotlib.ticker import LogFormatter, LogLocator, NullFormatter
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8), numticks=8))
+    axis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(100, 100)))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def save_figure(figure, path):
     """Write a PNG under its final name once it is complete, and free the figure."""
     import matplotlib.pyplot as plt

@@ -336,11 +336,11 @@ def plot_confidence(path, conf, source):
     mean_ppl = -conf
     bins = np.geomspace(mean_ppl.min() * 0.999, max(mean_ppl.max(), mean_ppl.min() * 1.01) * 1.001, 50)
     for name in names:
-        axis.hist(mean_ppl[np.array(source) == name], bins, histtype="step", linewidth=1.5, density=True,
-                  label=f"{name} ({source.count(name):,})")
+        values = mean_ppl[np.array(source) == name]
+        axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), histtype="step", linewidth=1.5, label=f"{name} ({len(values):,})")
     axis.axvline(np.median(mean_ppl), color="black", linestyle="--", linewidth=1, label="median: D$^c$ left, D$^u$ right")
-    axis.set(xscale="log", xlabel="mean perplexity over the reference's checkpoints (= −confidence)", ylabel="density",
-             title="Confidence by source")
+    common.log_axis(axis.xaxis)
+    axis.set(xlabel="mean perplexity over the reference's checkpoints (= −confidence)", ylabel="share of the source's rows", title="Confidence by source")
     axis.legend(fontsize=7)
     common.save_figure(figure, path)
 
@@ -353,7 +353,8 @@ def plot_perplexity(path, perplexity, steps, halves):
         low, middle, high = np.quantile(perplexity[:, indices], [0.25, 0.5, 0.75], axis=1)
         axis.plot(steps, middle, marker="o", label=f"{name} ({len(indices):,}): median, quartiles")
         axis.fill_between(steps, low, high, alpha=0.2)
-    axis.set(xlabel="optimizer step of the reference", ylabel="perplexity of a response", yscale="log", title="Training dynamics of the reference")
+    common.log_axis(axis.yaxis)
+    axis.set(xlabel="optimizer step of the reference", ylabel="perplexity of a response", title="Training dynamics of the reference")
     axis.legend(fontsize=8)
     common.save_figure(figure, path)
 
@@ -395,8 +396,8 @@ def plot_embeddings(path, model, examples, halves, args):
     points = states @ directions[:2].T
     share = variance[:2] ** 2 / max((variance ** 2).sum(), 1e-30)
     figure, axes = common.new_figure(width=5.2, height=4.4)
-    for name, color, xy in (("confident", "tab:blue", points[:len(chosen[0])]), ("unconfident", "tab:orange", points[len(chosen[0]):])):
-        axes[0, 0].scatter(*xy.T, s=4, alpha=0.5, color=color, label=f"{len(xy):,} most {name}", linewidths=0)
+    for name, color, xy in (("most", "tab:blue", points[:len(chosen[0])]), ("least", "tab:orange", points[len(chosen[0]):])):
+        axes[0, 0].scatter(*xy.T, s=4, alpha=0.5, color=color, label=f"{len(xy):,} {name} confident", linewidths=0)
     axes[0, 0].set(xlabel=f"first component ({share[0]:.0%} of the variance)", ylabel=f"second component ({share[-1]:.0%})",
                    title="Last hidden state of the reference")
     axes[0, 0].legend(markerscale=3)
