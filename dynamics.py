@@ -462,10 +462,12 @@ def train(model, tokenizer, labels, examples, domains, levels, before, fixed, st
                 with run.timer("probe"):
                     solution, info = solve_mixture(losses, slopes, levels[:len(decided)], roles["target"], roles["constraint"], horizon)
                 weights = damp(solution, weights, args.damping)
-                values = {"update/feasible": int(info["feasible"]), "update/lambda": info["lambda"], "update/epsilon": info["epsilon"]}
-                values |= {f"update/{domain.label}/predicted": float(change) for domain, change in zip(decided, horizon * (slopes @ weights))}
+                change = horizon * (slopes @ weights)
+                values = {"update/feasible": int(not violations(decided, losses + change, levels)),
+                          "update/lambda": info["lambda"], "update/epsilon": info["epsilon"]}
+                values |= {f"update/{domain.label}/predicted": float(c) for domain, c in zip(decided, change)}
                 values |= {f"slope/{domain.label}/{label}": float(slope) for domain, row in zip(decided, slopes) for label, slope in zip(labels, row)}
-                line += f"  {'feasible' if info['feasible'] else 'least violation'}  λ {info['lambda']:.2g}  ε {info['epsilon']:.2g}"
+                line += f"  {'predicted feasible' if values['update/feasible'] else 'predicted infeasible'}  λ {info['lambda']:.2g}  ε {info['epsilon']:.2g}"
             run.log(step, {"update/horizon": horizon, **values, **{f"mixture/{label}": float(w) for label, w in zip(labels, weights)}},
                     line + "  " + "  ".join(f"{label} {w:.3f}" for label, w in zip(labels, weights)))
         # ---- Step 3: an optimizer step on a batch drawn by the mixture
@@ -604,23 +606,24 @@ FIGURE_PANELS = 8  # slope matrices shown, evenly spread over the updates
 
 
 def plot_slopes(path, records, domains, labels):
-    """The slope matrix at up to FIGURE_PANELS updates: change of each domain's loss per 1,000 steps on each dataset, blue falls."""
+    """The slope matrix at up to FIGURE_PANELS updates: change of each domain's loss per 1,000 steps on each dataset, blue falls. Every
+    panel has its own scale, given in its title: slopes fall with the learning rate."""
     updates = [record for record in records if any(key.startswith("slope/") for key in record)]
     updates = [updates[i] for i in np.unique(np.linspace(0, len(updates) - 1, min(FIGURE_PANELS, len(updates))).round().astype(int))]
     matrices = [1000 * np.array([[record[f"slope/{domain.label}/{label}"] for label in labels] for domain in domains]) for record in updates]
-    limit = max(np.quantile(np.abs(matrices), 0.95), 1e-9)
     columns = min(4, len(updates))
     figure, axes = common.new_figure(columns, -(-len(updates) // columns), width=1.3 + 0.42 * len(labels), height=1.2 + 0.3 * len(domains))
     for axis in axes.flat[len(updates):]:
         axis.axis("off")
     for at, (axis, record, matrix) in enumerate(zip(axes.flat, updates, matrices)):
-        image = axis.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-        axis.set_title(f"step {record['step']}", fontsize=9)
+        limit = max(np.abs(matrix).max(), 1e-9)
+        image = axis.imshow(matrix / limit, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        axis.set_title(f"step {record['step']}, scale ±{limit:.3g}", fontsize=9)
         axis.set_xticks(range(len(labels)), labels, rotation=45, ha="right", fontsize=7)
         names = [f"{domain.label} ({domain.role[0].upper()})" for domain in domains]
         axis.set_yticks(range(len(domains)), names if at % columns == 0 else [""] * len(domains), fontsize=7)
     bar = figure.colorbar(image, ax=axes, shrink=0.8, aspect=30)
-    bar.set_label("loss change per 1,000 steps", fontsize=8)
+    bar.set_label("loss change per 1,000 steps / scale", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.supxlabel("trained on", fontsize=9)
     figure.supylabel("measured on (T target, C constraint)", fontsize=9)
@@ -751,13 +754,14 @@ def make_domain(dataset, args, tokenizer):
     if metric == "error":
         questions = {side: common.encode_choices(rows, tokenizer, args.template, args.max_length)[0] for side, rows in sides.items()}
     for side in sides:
-        kept = questions[side] if metric == "error" else encoded[side]
-        if not kept or not encoded[side]:
+        if not encoded[side] or (metric == "error" and not questions[side]):
             raise UserError(f"evaluation set {label!r}: no {side} row is left at --max_length {args.max_length}")
     answers = {side: [sides[side][question[0].row].answer for question in questions[side]] for side in sides}
     sizes = {side: [len(question) for question in questions[side]] for side in sides}
-    print(f"data  {role} {label}: {len(sides['validation']):,} validation and {len(sides['test']):,} test rows, "
-          + ("1 - accuracy" if metric == "error" else "mean NLL"))
+    kept = {side: len(questions[side] if metric == "error" else encoded[side]) for side in sides}
+    left_out = sum(map(len, sides.values())) - sum(kept.values())
+    print(f"data  {role} {label}: {kept['validation']:,} validation and {kept['test']:,} test {'questions' if metric == 'error' else 'examples'}, "
+          + ("1 - accuracy" if metric == "error" else "mean NLL") + (f", left out {left_out:,} (too long, or no response)" if left_out else ""))
     flat = {side: [example for question in questions[side] for example in question] for side in sides}
     return Domain(label, role, metric, flat["validation"] if metric == "error" else encoded["validation"], encoded["test"], flat["test"], sizes, answers)
 
@@ -811,7 +815,7 @@ def main(argv=None):
     examples = common.encode_datasets(datasets, tokenizer, args.template, args.max_length)
     sizes = [len(part) for part in examples]
     fixed = read_fixed_mixture(args, labels, sizes)
-    domains = sorted((make_domain(dataset, args, tokenizer) for dataset in eval_rows), key=lambda domain: domain.role == "watched")
+    domains = sorted((make_domain(dataset, args, tokenizer) for dataset in eval_rows), key=lambda domain: ("target", "constraint", "watched").index(domain.role))
     decided = [domain for domain in domains if domain.role != "watched"]
     trained_on = {prompt_of(row) for dataset in datasets for row in dataset.rows}
     for dataset in eval_rows:
