@@ -765,16 +765,20 @@ def load_model(name, device, *, seed=0, dtype="fp32", gradient_checkpointing=Fal
     model.config.use_cache = False
     if lora_rank:
         import peft
+        transposed = any(isinstance(module, transformers.pytorch_utils.Conv1D) for module in model.modules())  # GPT-2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = peft.get_peft_model(model, peft.LoraConfig(
                 task_type="CAUSAL_LM", r=lora_rank, lora_alpha=lora_alpha or 2 * lora_rank, lora_dropout=lora_dropout,
-                target_modules="all-linear"))
+                target_modules="all-linear", fan_in_fan_out=transposed))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if hasattr(model, "activation_checkpointing_enable"):  # the only name from transformers 6 on
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora_rank:
             model.enable_input_require_grads()  # else the frozen embedding cuts the gradient off
     return model.to(device), tokenizer
