@@ -326,7 +326,7 @@ def target_total(domains, losses):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def accumulate(model, batch, args):
+def backward(model, batch, args):
     """Gradient of the mean NLL per response token of the whole batch, added up over micro-batches. -> (NLL sum, tokens)"""
     device, head = next(model.parameters()).device, common.output_head(model)
     tokens, total = sum(example.response_tokens for example in batch), 0.0
@@ -360,7 +360,7 @@ def probe(model, optimizer, examples, domains, step, rates, args, run):
     for j in tqdm(range(len(examples)), desc="probe", leave=False):
         with run.timer("probe"):
             for batch, rate in zip(probe_batches(examples[j], len(rates), args.batch_size, args.seed, step, j), rates):
-                accumulate(model, batch, args)
+                backward(model, batch, args)
                 common.optimizer_step(model, optimizer, rate, args.max_grad_norm)
         with run.timer("eval"):
             after[:, j] = measure(model, domains, args)
@@ -373,7 +373,7 @@ def align(model, examples, domains, step, rates, args, run):
     """Gradient alignment instead of probing: gradients of each domain's validation loss and, on the batches that a probe would
     train on, of each dataset's -> slopes (M, N). Holds M + N gradients of P numbers."""
     def gradient(batch):
-        accumulate(model, batch, args)
+        backward(model, batch, args)
         parts = [p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in model.parameters() if p.requires_grad]
         model.zero_grad(set_to_none=True)
         return torch.cat(parts)
@@ -477,7 +477,7 @@ def train(model, tokenizer, labels, examples, domains, levels, before, fixed, st
                 queue = [batch.tolist() for batch in sampler.batches(weights, step, ahead)]
             indices = queue.pop(0)
             batch = [pool[i] for i in indices]
-            loss, tokens = accumulate(model, batch, args)
+            loss, tokens = backward(model, batch, args)
             grad_norm = common.optimizer_step(model, optimizer, rate(step), args.max_grad_norm)
             window += [loss.item(), tokens]
         for example in batch:
@@ -489,8 +489,8 @@ def train(model, tokenizer, labels, examples, domains, levels, before, fixed, st
             values = {"train/loss": window[0] / window[1], "train/lr": rate(step - 1), "train/grad_norm": grad_norm}
             line = "  ".join(f"{key.split('/')[1]} {value:.4g}" for key, value in values.items())
             for j, label in enumerate(labels):
-                values |= {f"mixture/{label}": float(weights[j]), f"mixture/{label}/examples": seen[0, j] / seen[0].sum(),
-                           f"mixture/{label}/tokens": seen[1, j] / seen[1].sum(), f"mixture/{label}/passes": seen[0, j] / len(examples[j])}
+                values |= {f"mixture/{label}": float(weights[j]), f"share/{label}": seen[0, j] / seen[0].sum(),
+                           f"token_share/{label}": seen[1, j] / seen[1].sum(), f"passes/{label}": seen[0, j] / len(examples[j])}
             run.log(step, {"examples": counts["examples"], "tokens": counts["tokens"], **values}, f"train {step}/{steps}  {line}")
             window[:] = 0
         if step < steps and (improved or (args.save_every and step % args.save_every == 0)):

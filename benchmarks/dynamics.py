@@ -9,16 +9,18 @@ the script does not know go to every run of dynamics.py: --lr 5e-4, --updates de
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # before this folder, whose dynamics.py is this file
 import common  # noqa: E402
+import dynamics  # noqa: E402
+import sftmix  # noqa: E402
 
 TARGETS, CONSTRAINTS = ["add", "sort"], ["copy", "compare", "describe", "count"]
 BASE_ROWS, TRAIN_ROWS, EVAL_ROWS = 2000, 400, 256  # per task: of the base model's training, of fine-tuning, of evaluation
@@ -31,6 +33,8 @@ VARIANTS = {"DynaMiCS": [], "DynaMiCS, damping 0.5": ["--damping", "0.5"], "grad
 
 def write_data(folder):
     """The toy tasks with more rows than `toy` has, as files: base_data/, train/ and eval/<task>.jsonl; no prompt in two of them."""
+    if (folder / "base_data" / f"{(TARGETS + CONSTRAINTS)[-1]}.jsonl").exists():  # the last one written
+        return
     for task in TARGETS + CONSTRAINTS:
         generate = common.TOY_TASKS[task][0]
         rng, seen = np.random.default_rng([1, (TARGETS + CONSTRAINTS).index(task)]), {}
@@ -46,11 +50,12 @@ def write_data(folder):
 
 
 def run(script, folder, *flags):
-    """Run a script unless its folder is finished -> summary."""
+    """Run a script (its module) unless its folder is finished -> summary. Its output goes to <folder>.log."""
     if not (folder / "summary.json").exists():
         resume = ["--resume"] if (folder / "config.json").exists() else []
-        subprocess.run([sys.executable, str(ROOT / script), "--output_dir", str(folder), *map(str, flags), *resume], check=True,
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        print(f"{folder} ...", file=sys.stderr, flush=True)
+        with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            script.main(["--output_dir", str(folder), *map(str, flags), *resume])
     return json.loads((folder / "summary.json").read_text())
 
 
@@ -69,13 +74,13 @@ def main(argv=None):
     folder, results = Path(args.output_dir), {}
     write_data(folder)
     tasks = TARGETS + CONSTRAINTS
-    run("sftmix.py", folder / "base", "--model", "tiny", "--data", *(folder / "base_data" / f"{task}.jsonl" for task in CONSTRAINTS),
+    run(sftmix, folder / "base", "--model", "tiny", "--data", *(folder / "base_data" / f"{task}.jsonl" for task in CONSTRAINTS),
         "--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in tasks), *BASE_FLAGS)
     for seed in range(args.seeds):
         for variant in args.variants:
             name = variant.replace(",", "").replace(" ", "-")
             results.setdefault(variant, []).append(run(
-                "dynamics.py", folder / f"{name}-{seed}", "--model", folder / "base" / "final", "--lora_rank", 0,
+                dynamics, folder / f"{name}-{seed}", "--model", folder / "base" / "final", "--lora_rank", 0,
                 "--data", *(folder / "train" / f"{task}.jsonl" for task in tasks), "--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in tasks),
                 "--targets", *TARGETS, "--constraints", *CONSTRAINTS, "--seed", seed, *FLAGS, *VARIANTS[variant], *flags))
     print(f"{args.seeds} seeds, mean ± standard error; reduction: geometric mean of the targets' test perplexity against the base model, %, "

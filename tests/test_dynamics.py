@@ -313,7 +313,7 @@ def test_probing_leaves_no_trace_and_measures_the_right_thing(tokenizer, warm):
     domains = [dynamics.make_domain(dataset, args, tokenizer) for dataset in common.load_data(["toy/add#16", "toy/copy#16"], split="eval")]
     if warm:
         for batch in (examples[0][:4], examples[1][:4]):
-            dynamics.accumulate(model, batch, args)
+            dynamics.backward(model, batch, args)
             common.optimizer_step(model, optimizer, 1e-3, 1.0)
     torch.manual_seed(3)
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
@@ -329,7 +329,7 @@ def test_probing_leaves_no_trace_and_measures_the_right_thing(tokenizer, warm):
         own = common.make_optimizer(clone, 1e-3, 0.0)
         own.load_state_dict(copy.deepcopy(before[1]))
         for batch, rate in zip(dynamics.probe_batches(examples[j], 2, 4, 0, 7, j), [1e-3, 5e-4]):
-            dynamics.accumulate(clone, batch, args)
+            dynamics.backward(clone, batch, args)
             common.optimizer_step(clone, own, rate, 1.0)
         assert dynamics.measure(clone, domains, args).tolist() == after[:, j].tolist()
     assert (after[:, 0] != after[:, 1]).all()
@@ -348,7 +348,7 @@ def test_gradient_alignment_predicts_a_plain_gradient_step(tokenizer):
     before = dynamics.measure(model, domains, args)
     for j in range(2):
         clone = copy.deepcopy(model)
-        dynamics.accumulate(clone, sum(dynamics.probe_batches(examples[j], 2, 8, 0, 0, j), []), args)
+        dynamics.backward(clone, sum(dynamics.probe_batches(examples[j], 2, 8, 0, 0, j), []), args)
         with torch.no_grad():
             for p in clone.parameters():
                 p -= lr * p.grad
@@ -424,7 +424,7 @@ def test_metrics_are_consistent(finished):
         assert "slope/count/add" not in record  # watched: reported, not part of the problem
     assert [record["step"] for record in log if "train/loss" in record] == list(range(1, 9))
     last = [record for record in log if "train/loss" in record][-1]
-    assert sum(last[f"mixture/{label}/examples"] for label in ("add", "copy", "count")) == pytest.approx(1)
+    assert sum(last[f"share/{label}"] for label in ("add", "copy", "count")) == pytest.approx(1)
 
 
 def test_golden_first_losses(finished):
@@ -470,7 +470,7 @@ def test_weights_are_followed(tmp_path):
     (tmp_path / "mix.json").write_text(json.dumps({"add": 2, "copy": 0, "count": 0}))
     run(tmp_path / "run", *TOY, "--mixture", str(tmp_path / "mix.json"))
     last = records(tmp_path / "run")
-    shares = [[record[f"mixture/{label}/examples"] for label in ("add", "copy", "count")] for record in last if "train/loss" in record]
+    shares = [[record[f"share/{label}"] for label in ("add", "copy", "count")] for record in last if "train/loss" in record]
     assert shares == [[1.0, 0.0, 0.0]] * 8
     assert not (tmp_path / "run" / "slopes.png").exists() and not (tmp_path / "run" / "prediction.png").exists()
 
