@@ -35,7 +35,7 @@ EPSILON = 1e-6  # ε of the reward; the paper gives no value. fp32 losses below 
 
 
 def sampling_probabilities(values, prior, beta, gamma):
-    """p_k = (1-γ) · exp(β Q_k) p0_k / Σ_j exp(β Q_j) p0_j + γ/K: prior-scaled Boltzmann exploration (METHODS: Eq. of p_k).
+    """p_k = (1-γ) · exp(β Q_k) p0_k / Σ_j exp(β Q_j) p0_j + γ/K: the paper's prior-scaled Boltzmann exploration.
 
     values (K,) Q; prior (K,) p0, not negative, of any positive sum; beta >= 0 inverse temperature; gamma in [0, 1] share that
     is spread evenly. -> (K,) float64, sums to 1, each at least γ/K. Any size of β Q is safe. Raises ValueError.
@@ -196,7 +196,10 @@ def adamw_update(weight, gradient, state, group):
 
 def first_order_reward(gradients, updates, loss, eps):
     """r = -Σ ∇ℓ · Δθ / (ℓ + ε): the look-ahead reward to first order in the step, of the batch's loss instead of each
-    example's (not in the paper). gradients, updates: tensors, parameter by parameter; loss: mean per token. -> float"""
+    example's (not in the paper). gradients, updates: tensors, parameter by parameter; loss: mean per token. -> float
+    Raises ValueError where the loss is not finite: dividing by it would hide that."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}")
     products = [(gradient * update).sum(dtype=torch.float64) for gradient, update in zip(gradients, updates, strict=True)]
     return -torch.stack(products).sum().item() / (loss + eps)
 
