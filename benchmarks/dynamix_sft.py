@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dynamix_sft  # noqa: E402
 
-RECIPE = ["--eval_data", "toy", "--template", "plain", "--batch_size", "32", "--micro_batch_size", "32", "--lr", "3e-3", "--epochs", "6",
+RECIPE = ["--eval_data", "toy", "--template", "plain", "--batch_size", "32", "--micro_batch_size", "32", "--lr", "3e-3", "--epochs", "4",
           "--update_every", "10", "--save_every", "0"]
 TOY, NOISE = ["--data", "toy"], ["--data", "toy", "toy/noise"]
 MIXTURES = {"proportional": ["--sampling", "proportional"], "uniform": ["--sampling", "uniform"], "DynamixSFT": []}
