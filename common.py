@@ -900,10 +900,11 @@ def length_grouped(order, lengths, sizes, rng, window=LENGTH_WINDOW):
     return batches
 
 
-def epoch_batches(lengths, batch_size, seed, epoch, stream="order"):
-    """One epoch of shuffled, length-grouped batches over all examples -> list of index arrays; each example once."""
+def epoch_batches(lengths, batch_size, seed, epoch, stream="order", window=LENGTH_WINDOW):
+    """One epoch of shuffled, length-grouped batches over all examples -> list of index arrays; each example once. Where length
+    goes with the kind of task, a window makes batches of one kind; window=1 draws each batch by itself."""
     rng = data_rng(seed, stream, epoch)
-    return length_grouped(rng.permutation(len(lengths)), np.asarray(lengths), batch_sizes(len(lengths), batch_size), rng)
+    return length_grouped(rng.permutation(len(lengths)), np.asarray(lengths), batch_sizes(len(lengths), batch_size), rng, window)
 
 
 class MixtureSampler:
