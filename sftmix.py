@@ -140,11 +140,11 @@ def sftmix_loss(hidden, targets, lengths, lam, weight, mu, bias=None, *, scale=1
     return totals[0], totals[1].detach(), totals[2].detach()
 
 
-def paired_batches(confident, unconfident, rest, lengths, batch_size, seed, epoch):
+def paired_batches(confident, unconfident, rest, lengths, batch_size, seed, epoch, window=common.LENGTH_WINDOW):
     """One epoch of batches with an equal number of confident and unconfident examples, randomly paired (§3.3 step 3).
 
     confident, unconfident, rest: example indices (rest, of the thirds, is never mixed); lengths by example index. Both
-    halves are shuffled, grouped by length inside a window, and dealt evenly over the same number of batches.
+    halves are shuffled, grouped by length inside a window of batches, and dealt evenly over the same number of batches.
     -> list of batches; a batch is a list of (confident, unconfident) index pairs, None where there is no partner. Every
     example occurs exactly once.
     """
@@ -155,7 +155,7 @@ def paired_batches(confident, unconfident, rest, lengths, batch_size, seed, epoc
         sizes = np.diff(np.linspace(0, len(indices), steps + 1).round().astype(int))
         order = common.data_rng(seed, name, epoch).permutation(np.asarray(indices, dtype=np.int64))
         # the same generator for all three: batch k of each comes from the same place of its length order
-        parts.append(common.length_grouped(order, np.asarray(lengths), sizes, common.data_rng(seed, "window", epoch)))
+        parts.append(common.length_grouped(order, np.asarray(lengths), sizes, common.data_rng(seed, "window", epoch), window))
     batches, rng = [], common.data_rng(seed, "pairs", epoch)
     for c, u, r in zip(*parts):
         c, u = rng.permutation(c).tolist(), rng.permutation(u).tolist()
@@ -426,6 +426,7 @@ def parse_args(argv=None):
     add("--mixup_norm", choices=["batch", "mean"], default="batch", help="batch: both sums divided by the response tokens of the batch; mean: each by its own count")
     add("--select", metavar="longest|FILE", help="train on --select_n rows only: the longest responses, or the highest scores of FILE (Table 7)")
     add("--select_n", type=common.positive_int, default=1000, metavar="N", help="rows that --select keeps (Table 7: 1,000)")
+    add("--length_window", type=common.positive_int, default=common.LENGTH_WINDOW, metavar="BATCHES", help="examples of so many batches are sorted by length before they are cut into batches: less padding, but batches are less mixed where length goes with the kind of task; 1 = none (not in the paper)")
     args = parser.parse_args(argv)
     if args.max_steps:
         args.epochs = None
@@ -528,7 +529,8 @@ def main(argv=None):
         lengths = [len(example.ids) for example in pool]
 
         def reference_batches(epoch):
-            return [[(i,) for i in batch.tolist()] for batch in common.epoch_batches(lengths, args.batch_size, args.seed, epoch)]
+            return [[(i,) for i in batch.tolist()] for batch in
+                    common.epoch_batches(lengths, args.batch_size, args.seed, epoch, window=args.length_window)]
 
         steps = common.total_steps(args, len(reference_batches(0)))
         points = sorted({round(steps * c / args.num_checkpoints) for c in range(1, args.num_checkpoints + 1)} - {0})
@@ -584,13 +586,14 @@ def main(argv=None):
     # ---- Steps 2 and 3: the target model
     if args.mu:
         def batches(epoch):
-            return paired_batches(confident, unconfident, rest, lengths, args.batch_size, args.seed, epoch)
+            return paired_batches(confident, unconfident, rest, lengths, args.batch_size, args.seed, epoch, args.length_window)
     else:
         chosen = np.arange(len(pool)) if baseline else {"confident": confident, "unconfident": unconfident}[args.ntp_on]
         chosen_lengths = [lengths[i] for i in chosen]
 
         def batches(epoch):
-            return [[(int(chosen[i]),) for i in batch] for batch in common.epoch_batches(chosen_lengths, args.batch_size, args.seed, epoch)]
+            return [[(int(chosen[i]),) for i in batch] for batch in
+                    common.epoch_batches(chosen_lengths, args.batch_size, args.seed, epoch, window=args.length_window)]
 
     steps = common.total_steps(args, len(batches(0)))
     micro = min(args.micro_batch_size, args.batch_size)
