@@ -127,7 +127,7 @@ def backward(model, examples, args):
         rows.append(nll)
     losses = np.zeros(len(examples))
     nll = torch.cat(rows).double().cpu()
-    losses[order] = [part.mean().item() for part in nll.split(tokens[order].tolist())]
+    losses[order] = [row.mean().item() for row in nll.split(tokens[order].tolist())]
     return losses
 
 
@@ -162,7 +162,7 @@ def measure(model, examples, args):
     for part in common.micro_batches(range(len(examples)), [len(example.ids) for example in examples], size):
         batch = common.collate([examples[i] for i in part], device)
         rows = response_entropy(batch.select(common.hidden_states(model, batch.ids)), head).double().cpu()
-        result[part] = [part.mean().item() for part in rows.split(batch.lengths.tolist())]
+        result[part] = [entropy.mean().item() for entropy in rows.split(batch.lengths.tolist())]
     model.train(training)
     return result
 
@@ -320,9 +320,9 @@ def train(model, arms, labels, steps, steps_per_epoch, args, run, state=None, ev
         counts = {**counts, "step": step, "examples": int(drawn.sum()), "tokens": int(tokens.sum())}
         bar.update(1)
         if step % args.log_every == 0 or step in (1, steps):
-            values_now = {"train/loss": window[0] / window[1], "train/lr": lr, "train/grad_norm": grad_norm}
-            line = "  ".join(f"{key.split('/')[1]} {value:.4g}" for key, value in values_now.items())
-            run.log(step, {"epoch": step / steps_per_epoch, "examples": counts["examples"], "tokens": counts["tokens"], **values_now,
+            logged = {"train/loss": window[0] / window[1], "train/lr": lr, "train/grad_norm": grad_norm}
+            line = "  ".join(f"{key.split('/')[1]} {value:.4g}" for key, value in logged.items())
+            run.log(step, {"epoch": step / steps_per_epoch, "examples": counts["examples"], "tokens": counts["tokens"], **logged,
                            **named("mixture", p), **named("share", drawn / drawn.sum()), **named("token_share", tokens / tokens.sum()),
                            **named("passes", drawn / sizes)}, f"train {step}/{steps}  {line}")
             window[:] = 0
@@ -403,17 +403,21 @@ def plot_rewards(path, records, labels):
     common.save_figure(figure, path)
 
 
+COVERAGE_SHOWN = 400  # %; longer bars are cut, their number is written beside them
+
+
 def plot_coverage(path, rows):
     """Instance coverage of every dataset, drawn / (size · epochs), beside the 100 % that proportional sampling gives."""
     figure, axes = common.new_figure(width=6.4, height=max(2.4, 1.0 + 0.24 * len(rows)))
     axis, y = axes[0, 0], np.arange(len(rows))
     coverage = [100 * row["coverage"] for row in rows.values()]
-    axis.barh(y, coverage, color=colors(len(rows)))
+    axis.barh(y, np.minimum(coverage, COVERAGE_SHOWN), color=colors(len(rows)))
     for at, value, row in zip(y, coverage, rows.values()):
-        axis.text(value + 1, at, f"{value:.0f} %, {row['passes']:.2g} passes", va="center", fontsize=7,
+        arrow = " →" if value > COVERAGE_SHOWN else ""
+        axis.text(min(value, COVERAGE_SHOWN) + 2, at, f"{value:.0f} %{arrow}, {row['passes']:.1f} passes", va="center", fontsize=7,
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})
     axis.axvline(100, color="black", linestyle="--", linewidth=1, zorder=0.5)
-    axis.set(yticks=y, xlim=(0, 1.25 * max(coverage + [100])), xlabel="examples drawn / (examples · epochs), %", title="Instance coverage")
+    axis.set(yticks=y, xlim=(0, 1.4 * min(max(coverage + [100]), COVERAGE_SHOWN)), xlabel="examples drawn / (examples · epochs), %", title="Instance coverage")
     axis.set_yticklabels([f"{label} ({row['size']:,})" for label, row in rows.items()], fontsize=8)
     axis.invert_yaxis()
     common.save_figure(figure, path)

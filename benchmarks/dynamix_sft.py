@@ -182,8 +182,8 @@ def overhead(args):
     model, tokenizer = common.load_model(flags.model, device, dtype=flags.dtype, gradient_checkpointing=flags.gradient_checkpointing, lora_rank=flags.lora_rank)
     with contextlib.redirect_stdout(io.StringIO()):
         datasets = common.load_data(flags.data, flags.source_column)
-        arms = common.encode_datasets(datasets, tokenizer, common.pick_template(flags.template, tokenizer), min(2048, common.max_positions(model)))
-    arms = [arm for arm in (arms * 16)[:16]]  # fewer than 16 datasets: some take part twice
+        arms = common.encode_datasets(datasets, tokenizer, common.pick_template(flags.template, tokenizer), min(flags.max_length or 2048, common.max_positions(model)))
+    arms = (arms * 16)[:16]  # fewer than 16 datasets: some take part twice
     optimizer = common.make_optimizer(model, flags.lr, flags.weight_decay)
     pool = [example for arm in arms for example in arm]
     sampler = common.MixtureSampler([len(arm) for arm in arms], [len(e.ids) for e in pool], flags.batch_size, 0)
