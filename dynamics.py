@@ -252,6 +252,8 @@ def measure(model, domains, args):
     """L_i of every domain on its validation rows, all in one pass over the examples sorted by length -> (len(domains),)."""
     examples = [example for domain in domains for example in domain.validation]
     nll, tokens, _ = common.score(model, examples, 2 * args.micro_batch_size, next(model.parameters()).device, args.dtype)
+    if not np.isfinite(nll).all():
+        raise UserError("a validation loss is not finite: training diverged; lower --lr")
     losses, at = [], 0
     for domain in domains:
         part = slice(at, at + len(domain.validation))
@@ -260,8 +262,6 @@ def measure(model, domains, args):
             losses.append(choice_error(-nll[part], domain.sizes["validation"], domain.answers["validation"]))
         else:
             losses.append(nll[part].sum() / tokens[part].sum())
-    if not np.isfinite(losses).all():
-        raise UserError("a validation loss is not finite: training diverged; lower --lr")
     return np.array(losses)
 
 
@@ -435,10 +435,11 @@ def train(model, tokenizer, labels, examples, domains, levels, before, fixed, st
             values = {f"eval/{domain.label}/{domain.metric}": float(loss) for domain, loss in zip(domains, losses)}
             values |= {"eval/target_total": total, "eval/violation": sum(failed.values()), "eval/feasible": int(feasible)}
             if interval and (step in updates or step == steps):                      # what has become of the last prediction
-                values |= {f"update/{domain.label}/observed": float(loss) - before
-                           for domain, loss, before in zip(decided, losses, interval["losses"])}
-            run.log(step, values, f"eval {step}/{steps}  targets {total:.4f}  " + ("feasible" if feasible else "not feasible: " + (
-                ", ".join(f"{label} +{excess:.4f}" for label, excess in failed.items()) or "the targets did not fall")))
+                values |= {f"update/{domain.label}/observed": float(loss) - earlier
+                           for domain, loss, earlier in zip(decided, losses, interval["losses"])}
+            verdict = "before training" if step == 0 else "feasible" if feasible else "not feasible: " + (
+                ", ".join(f"{label} +{excess:.4f}" for label, excess in failed.items()) or "the targets did not fall")
+            run.log(step, values, f"eval {step}/{steps}  targets {total:.4f}  {verdict}")
             # ---- Step 3, the choice: the best checkpoint on which all constraints hold and the target total fell
             if feasible and (best is None or total < best["total"]):
                 best, improved = {"step": step, "total": total, "losses": losses.tolist()}, True

@@ -195,7 +195,7 @@ def test_affordable_rows_by_hand():
 # ---------------------------------------------------------------------------------------------------- domains
 
 
-def test_split_is_disjoint_by_prompt_and_does_not_depend_on_order():
+def test_split_is_disjoint_by_prompt():
     rows = [common.Row((("user", f"question {i % 40}"),), f"answer {i}", "extra" if i % 40 < 10 else "") for i in range(60)]
     validation, test = dynamics.split_rows(rows, 0.5, "a")
     assert len(validation) + len(test) == 60 and {row.response for row in validation + test} == {row.response for row in rows}
