@@ -329,7 +329,11 @@ COLLECTION = ["--data", "toy/copy#24", "toy/add#12", "toy/reverse#6", "--templat
 
 
 @pytest.fixture()
-def run(model_folder):
+def run(model_folder, monkeypatch):
+    """The command on a small Llama; without figures, which take longer than these runs."""
+    for name in ("plot_mixture", "plot_rewards", "plot_coverage", "plot_loss"):
+        monkeypatch.setattr(dynamix_sft, name, lambda *args: None)
+
     def start(folder, *flags):
         dynamix_sft.main(["--model", model_folder("llama"), *COLLECTION, "--lr", "1e-2", "--batch_size", "8", "--micro_batch_size", "4",
                           "--reward_batch_size", "4", "--log_every", "1", "--output_dir", str(folder), *flags])
@@ -499,7 +503,7 @@ def test_variants_run(tmp_path, run, flags):
 
 def test_short_runs_say_that_nothing_is_updated(tmp_path, run, capsys):
     assert run(tmp_path / "run", "--max_steps", "2")["updates"] == 0
-    assert "no update in this run" in capsys.readouterr().out and not (tmp_path / "run" / "rewards.png").exists()
+    assert "no update in this run" in capsys.readouterr().out
 
 
 def test_bad_flags_are_one_line(tmp_path, capsys):
