@@ -218,7 +218,7 @@ def check_manifest(folder, models, tasks):
 BLOCK = 64  # rows between two writes of predictions
 
 
-def blocks(items, size=BLOCK):
+def blocks(items, size):
     return [items[at:at + size] for at in range(0, len(items), size)]
 
 
@@ -229,7 +229,7 @@ def run_domain(model, task, store, args):
     length = min(args.max_length or 2048, common.max_positions(lm))
     examples = {e.row: e for e in common.encode_datasets([common.Dataset(task.name, task.rows)], tokenizer, template, length)[0]}
     done = {row["index"] for row in store.rows}
-    for block in tqdm(blocks([i for i in range(len(task.rows)) if i not in done]), desc=task.name, leave=False):
+    for block in tqdm(blocks([i for i in range(len(task.rows)) if i not in done], BLOCK), desc=task.name, leave=False):
         kept = [i for i in block if i in examples]
         scores = common.score(lm, [examples[i] for i in kept], args.batch_size, model.device, args.dtype) if kept else ([], [], [])
         found = {i: {"nll": float(n), "tokens": int(t), "correct": int(c)} for i, n, t, c in zip(kept, *scores)}
@@ -411,7 +411,7 @@ def run_choice(model, task, store, args):
     done = {(row["round"], row["index"]) for row in store.rows}
     for number, shots in enumerate(task.shots):
         questions = [question for question in task.rows if (number, question.index) not in done]
-        for block in tqdm(blocks(questions), desc=f"{task.name} round {number + 1}/{len(task.shots)}", leave=False):
+        for block in tqdm(blocks(questions, BLOCK), desc=f"{task.name} round {number + 1}/{len(task.shots)}", leave=False):
             encoded = encode_questions(how, block, shots, tokenizer, template, length)
             scores = dict(zip(encoded, option_scores(lm, [examples for examples, _ in encoded.values()], args.batch_size, model.device, args.dtype)))
             store.add([choice_line(task.name, number, question, scores.get(i), encoded[i][1] if i in encoded else 0) for i, question in enumerate(block)])
@@ -455,7 +455,9 @@ LM_EVAL_HINT = "needs EleutherAI's lm-eval: pip install 'lm_eval[ifeval,math]'"
 # The ten benchmarks of DynamixSFT (METHODS.md 2), by their names in lm-eval 0.4.13. lm-eval has no PopQA: its definition is ours.
 DYNAMIXSFT = ["mmlu", "lm_eval/truthfulqa_mc2", "popqa", "bbh", "drop", "humaneval", "humaneval_plus", "gsm8k", "minerva_math", "ifeval"]
 RUNS_CODE = ("humaneval", "mbpp")  # prefixes of names; lm-eval marks further ones as unsafe and refuses them without --allow_code
-LOCAL_SHOTS = {"gsm8k": 5, "humaneval": 0, "humaneval_plus": 0, "ifeval": 0, "popqa": 15}  # tasks that take =FILE, and their shots
+# The tasks that take =FILE: shots of their definition, and the columns it reads.
+LOCAL = {"gsm8k": (5, {"question", "answer"}), "humaneval": (0, {"prompt", "test", "entry_point"}), "humaneval_plus": (0, {"prompt", "test", "entry_point"}),
+         "ifeval": (0, {"key", "prompt", "instruction_id_list", "kwargs"}), "popqa": (15, {"question", "obj", "possible_answers"})}
 CODE_SECONDS, CODE_BYTES = 10, 4 * 2 ** 30  # limits of one generated program
 LIMITED = """
 import os, resource, sys
@@ -526,14 +528,21 @@ POPQA = {"task": "popqa", "dataset_path": "akariasai/PopQA", "test_split": "test
          "metric_list": [{"metric": "accuracy", "aggregation": "mean", "higher_is_better": True}]}
 
 
+@functools.cache
+def task_manager():
+    """lm-eval's index of its task definitions; reading them takes seconds, so once a process."""
+    import lm_eval.tasks
+    return lm_eval.tasks.TaskManager()
+
+
 def prepare_lm_eval(name, source, args):
     """-> Task. With a source the rows of a local file, and shots as in prepare_choice; else the task's own data from the hub."""
     task, local = name.removeprefix("lm_eval/"), {}
     try:
-        import lm_eval.tasks
+        import lm_eval
+        known = task_manager().task_index
     except ImportError:
         raise UserError(f"{task}: {LM_EVAL_HINT}") from None
-    known = lm_eval.tasks.TaskManager().task_index
     if task not in known and task != "popqa":
         near = [other for other in known if task.split("_")[0] in other][:5]
         raise UserError(f"--tasks {task}: neither one of eval.py's ({', '.join([*CHOICE_TASKS, *CHAT_TASKS])}) nor of lm-eval's"
@@ -543,12 +552,15 @@ def prepare_lm_eval(name, source, args):
     if task == "ifeval":
         check_punkt()
     if source:
-        if task not in LOCAL_SHOTS:
-            raise UserError(f"{task}={source}: of lm-eval's tasks {', '.join(LOCAL_SHOTS)} take local rows")
-        test, _, train = source.partition(",")
-        rows = [record for *_, record in read_records(test)]
-        shots = LOCAL_SHOTS[task] if args.shots is None or LOCAL_SHOTS[task] == 0 else args.shots
-        pool = [record for *_, record in read_records(train)] if train else []
+        if task not in LOCAL:
+            raise UserError(f"{task}={source}: of lm-eval's tasks {', '.join(LOCAL)} take local rows")
+        (shots, columns), (test, _, train) = LOCAL[task], source.partition(",")
+        records = [read_records(test), read_records(train) if train else []]
+        for file, number, record in sum(records, []):
+            if not columns <= set(record):
+                raise UserError(f"{file}, row {number}: {task} needs columns {sorted(columns)}, found {sorted(record)}")
+        rows, pool = ([record for *_, record in part] for part in records)
+        shots = args.shots if shots and args.shots is not None else shots
         if shots and not train:
             held_out = set(common.data_rng(args.seed, f"shots {task}").permutation(len(rows))[:shots].tolist())
             pool, rows = [row for i, row in enumerate(rows) if i in held_out], [row for i, row in enumerate(rows) if i not in held_out]
@@ -590,8 +602,7 @@ def lm_eval_spec(task, folder):
         return {**POPQA, **override}
     if not local:
         return name
-    import lm_eval.tasks
-    base = lm_eval.tasks.TaskManager().task_index[name].yaml_path
+    base = task_manager().task_index[name].yaml_path
     path = folder / f"{name}.yaml"  # YAML is a superset of JSON
     common.write_text(path, json.dumps({"include": str(base), "task": name, **override}, indent=1) + "\n")
     return str(path.resolve())
@@ -614,7 +625,7 @@ def run_lm_eval(model, task, store, args):
             wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=args.batch_size, max_length=min(args.max_length or 4096, common.max_positions(lm)),
                            mixed_precision_dtype="bfloat16" if args.dtype == "bf16" else None)
             output = lm_eval.simple_evaluate(model=wrapped, tasks=[lm_eval_spec(task, folder)], num_fewshot=args.shots, limit=args.limit,
-                                             use_cache=str(cache / name), bootstrap_iters=0, apply_chat_template=args.template == "chat",
+                                             task_manager=task_manager(), use_cache=str(cache / name), bootstrap_iters=0, apply_chat_template=args.template == "chat",
                                              confirm_run_unsafe_code=args.allow_code)
     except Exception as error:  # its loaders and scorers raise many types
         raise UserError(f"{task.name}: lm-eval failed ({type(error).__name__}: {str(error)[:300]})") from error
@@ -662,7 +673,7 @@ def read_chat_question(number, record, file):
         raise UserError(f"{file}, row {number}: no question; expected turns (a list of texts) or instruction, found keys {sorted(record)}")
     category = record.get("category") or ""
     return {"question_id": record.get("question_id", record.get("prompt_id", number)), "category": category, "turns": turns,
-            "reference": [str(answer) for answer in record.get("reference") or []], "dataset": record.get("dataset") or category or Path(file).stem}
+            "reference": [str(answer) for answer in record.get("reference") or []], "dataset": record.get("dataset") or Path(file).stem}
 
 
 def prepare_chat(name, source, args):
@@ -840,19 +851,15 @@ def judge_answers(model, task, rows, args, folder):
                 break
         return {**line, "score": score, "judge": args.judge, "judgement": text}
 
-    failure = None
-    with concurrent.futures.ThreadPoolExecutor(JUDGE_THREADS) as pool:
-        futures = [pool.submit(grade, job) for key, job in jobs.items() if key not in known]
+    pool, saved = concurrent.futures.ThreadPoolExecutor(JUDGE_THREADS), set()
+    futures = [pool.submit(grade, job) for key, job in jobs.items() if key not in known]
+    try:
         for future in tqdm(concurrent.futures.as_completed(futures), total=len(futures), desc=f"judge {model.label}", leave=False):
-            try:
-                store.add([future.result()])
-            except UserError as error:  # judgements on their way are kept, the others are not started
-                failure = error
-                pool.shutdown(wait=False, cancel_futures=True)
-            except concurrent.futures.CancelledError:
-                pass
-    if failure:
-        raise failure
+            store.add([future.result()])
+            saved.add(future)
+    finally:  # after a failure: requests on their way are waited for and kept, the others are not started
+        pool.shutdown(cancel_futures=True)
+        store.add([f.result() for f in futures if f not in saved and not f.cancelled() and not f.exception()])
     return [line for line in store.rows if line["key"] in jobs]
 
 
@@ -908,7 +915,7 @@ def add_intervals(results, by_row, reference, seed):
 def main_metrics(metrics):
     """The numbers that the table and the figure show: floats without the intervals and spreads that belong to others."""
     return [key for key, value in metrics.items() if isinstance(value, float)
-            and not re.search(r"_(low|high|std|diff|diff_low|diff_high)$", key) and key not in ("shots", "answer_characters")]
+            and not re.search(r"_(low|high|std|diff|diff_low|diff_high)$", key) and key != "shots"]
 
 
 def print_table(results, reference):
@@ -1041,6 +1048,7 @@ def main(argv=None):
     common.distributed_rank()
     device = common.pick_device()
     args.dtype = common.pick_dtype(args.dtype, device)
+    common.hf_datasets.disable_progress_bars()
     names = list(dict.fromkeys(([args.base] if args.base else []) + args.model))
     for name in names:
         if (name[0] in "./~" or name.count("/") > 1) and not Path(name).is_dir():
