@@ -425,7 +425,7 @@ def load_spec(spec, source_column=None, seed=0, split="train"):
         groups.setdefault(group, []).extend(rows)
     result = []
     for group, rows in sorted(groups.items(), key=lambda item: str(item[0])) if column != "task" else groups.items():
-        name = (f"{label}/{group}" if label else group) if column else (label or default_label)
+        name = label if label and source.startswith("toy/") else (f"{label}/{group}" if label else group) if column else (label or default_label)
         kept = [row for row in rows if row.response.strip()]
         if not kept:
             raise UserError(f"{spec}: dataset {name!r} has no row with a response")

@@ -164,6 +164,11 @@ def test_bad_files_are_named_with_their_row(tmp_path, content, message):
         common.load_data([str(tmp_path / "bad.jsonl")])
 
 
+def test_labels_of_toy():
+    assert [d.label for d in common.load_data(["toy/copy#3", "mine=toy/add#3", "all=toy/copy#2"])] == ["copy", "mine", "all"]
+    assert [d.label for d in common.load_data(["my=toy#200"])][:2] == ["my/describe", "my/copy"]
+
+
 def test_bad_specs(tmp_path, write_jsonl):
     path = write_jsonl("x.jsonl", RECORDS)
     (tmp_path / "none").mkdir()
