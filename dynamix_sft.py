@@ -152,7 +152,7 @@ def response_entropy(hidden, head):
 @torch.no_grad()
 def measure(model, examples, args):
     """What a reward compares: each example's mean loss, or mean entropy, per response token -> (b,) float64. In evaluation mode
-    and fp32 whatever --dtype is: bf16 would round away most of what one step changes."""
+    and fp32 whatever --dtype is: one step changes so little that bf16's rounding would show in the difference."""
     device, size = next(model.parameters()).device, 2 * args.micro_batch_size
     if args.reward == "loss":
         nll, tokens, _ = common.score(model, examples, size, device, "fp32")
