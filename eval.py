@@ -187,10 +187,23 @@ def unique_names(names):
 
 
 def read_records(source):
-    """A local file, folder or hub id -> list of (file, row number, record). HubSource: the benchmark's own place on the hub."""
-    if isinstance(source, HubSource):
-        return [(source.path, i, record) for i, record in enumerate(common._load_hub(source, None), 1)]
-    return list(common._records(source, None, "eval")[0])
+    """A local file, folder or hub id -> list of (file, row number, record). HubSource: the benchmark's own place on the hub; one
+    whose path is a file's address (hf://...) is that JSON file."""
+    if not isinstance(source, HubSource):
+        return list(common._records(source, None, "eval")[0])
+    if source.path.startswith("hf://"):
+        try:
+            records = common.hf_datasets.load_dataset("json", data_files=source.path, split="train")
+        except Exception as error:
+            raise UserError(f"cannot load {source.path} from the Hugging Face hub: {type(error).__name__}: {str(error)[:300]}") from None
+    else:
+        records = common._load_hub(source, None)
+    return [(source.path, number, record) for number, record in enumerate(records, 1)]
+
+
+def shared_settings(args, data, **own):
+    """What a task's predictions depend on: they are refused under other settings. data: a digest of its rows."""
+    return {"version": VERSION, "data": data, "limit": args.limit, "template": args.template, "dtype": args.dtype, **own}
 
 
 def check_manifest(folder, models, tasks):
@@ -206,7 +219,7 @@ def check_manifest(folder, models, tasks):
         old, new = manifest["tasks"].setdefault(task.name, task.settings), json.loads(json.dumps(task.settings))
         for key in sorted(set(old) | set(new)):
             if old.get(key) != new.get(key):
-                raise UserError(f"{folder}: predictions of {task.name} were made with {key} {old.get(key)!r}, now it is {new.get(key)!r}; "
+                raise UserError(f"{folder}: predictions of {task.name} were made with {key} {str(old.get(key))[:16]}, now it is {str(new.get(key))[:16]}; "
                                 "give the first command's flags or choose another --output_dir")
     return manifest
 
@@ -318,7 +331,7 @@ def read_question(name, index, file, number, record, seed=0):
         raise UserError(f"{file}, row {number}: has {len(options)} options, {name} has {task.options}{other}")
     order = np.arange(len(options))
     if task.style == "answers":
-        order = common.data_rng(seed, "options", index).permutation(len(options))
+        order = common.data_rng(seed, "options", abs(index)).permutation(len(options))
     return Question(index, text, tuple(str(options[i]) for i in order), tuple(bool(true[i]) for i in order), str(keys.get("context_condition") or ""))
 
 
@@ -366,8 +379,8 @@ def prepare_choice(name, source, args):
         order = rng.permutation(len(pool)).reshape(-1)[:shots * rounds].reshape(rounds, shots)
     else:
         order = [rng.permutation(len(pool))[:shots] for _ in range(rounds)]
-    settings = {"version": VERSION, "data": digest([record for *_, record in records]), "train": str(train or ""), "shots": shots, "rounds": rounds,
-                "seed": args.seed, "limit": args.limit, "template": args.template, "max_length": args.max_length, "dtype": args.dtype}
+    settings = shared_settings(args, digest([str(question) for question in questions + pool]), shots=shots, rounds=rounds, seed=args.seed,
+                               max_length=args.max_length)
     return Task(name, "choice", settings, questions[:args.limit], [[pool[i] for i in draw] for draw in order])
 
 
@@ -489,9 +502,9 @@ def run_program(source, seconds=CODE_SECONDS, memory=CODE_BYTES):
         except subprocess.TimeoutExpired:
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+                process.communicate(timeout=1)  # a grandchild in a session of its own may hold the pipe open
 
 
 class CodeEval:
@@ -567,21 +580,18 @@ def prepare_lm_eval(name, source, args):
         if len(pool) < shots or not rows:
             raise UserError(f"{task}={source}: too few rows for {shots} shots; give them with {task}=FILE,SHOTSFILE")
         local = {"test": rows, **({"train": pool} if shots else {})}
-    settings = {"version": VERSION, "lm_eval": lm_eval.__version__, "data": digest(local), "shots": args.shots, "limit": args.limit,
-                "template": args.template, "max_length": args.max_length, "dtype": args.dtype}
+    settings = shared_settings(args, digest(local), lm_eval=lm_eval.__version__, shots=args.shots, max_length=args.max_length)
     return Task(name, "lm_eval", settings, extra={"task": task, "local": local})
 
 
 def check_punkt():
     """IFEval's scorer splits sentences with nltk's punkt_tab, which is downloaded apart from nltk."""
     try:
-        import immutabledict  # noqa: F401
-        import langdetect  # noqa: F401
+        import langdetect  # noqa: F401, another library of lm_eval[ifeval]
         import nltk
+        nltk.data.find("tokenizers/punkt_tab")
     except ImportError as error:
         raise UserError(f"ifeval: {error.name} is missing: pip install 'lm_eval[ifeval]'") from None
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
         raise UserError("ifeval: nltk's sentence splitter is missing: python -m nltk.downloader punkt_tab (offline: a folder with "
                         "tokenizers/punkt_tab, named by NLTK_DATA)") from None
@@ -622,7 +632,7 @@ def run_lm_eval(model, task, store, args):
         common.pick_template("chat", tokenizer)
     try:
         with own_code_eval():
-            wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=args.batch_size, max_length=min(args.max_length or 4096, common.max_positions(lm)),
+            wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=args.batch_size, max_length=args.max_length or common.max_positions(lm),
                            mixed_precision_dtype="bfloat16" if args.dtype == "bf16" else None)
             output = lm_eval.simple_evaluate(model=wrapped, tasks=[lm_eval_spec(task, folder)], num_fewshot=args.shots, limit=args.limit,
                                              task_manager=task_manager(), use_cache=str(cache / name), bootstrap_iters=0, apply_chat_template=args.template == "chat",
@@ -660,7 +670,7 @@ def summarise_lm_eval(task, rows, results):
 # Chat: answers in the formats of FastChat and alpaca_eval
 # ----------------------------------------------------------------------------------------------------------------------
 
-CHAT_TASKS = {"mt_bench": HubSource("HuggingFaceH4/mt_bench_prompts"), "alpaca_eval": "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"}
+CHAT_TASKS = {"mt_bench": HubSource("HuggingFaceH4/mt_bench_prompts"), "alpaca_eval": HubSource("hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json")}
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")  # FastChat's judge sees a reference answer for these
 
 
@@ -677,22 +687,13 @@ def read_chat_question(number, record, file):
 
 
 def prepare_chat(name, source, args):
-    records = read_records(source or CHAT_TASKS[name]) if source or name == "mt_bench" else hub_json(CHAT_TASKS[name])
+    """-> Task with the questions. Raises UserError."""
+    records = read_records(source or CHAT_TASKS[name])
     questions = [read_chat_question(number, record, file) for file, number, record in records]
     if len({question["question_id"] for question in questions}) < len(questions):
         raise UserError(f"{name}: two questions have the same question_id")
-    settings = {"version": VERSION, "data": digest([record for *_, record in records]), "limit": args.limit, "template": args.template,
-                "max_new_tokens": args.max_new_tokens, "dtype": args.dtype, "temperature": 0}
+    settings = shared_settings(args, digest([record for *_, record in records]), max_new_tokens=args.max_new_tokens, temperature=0)
     return Task(name, "chat", settings, questions[:args.limit])
-
-
-def hub_json(url):
-    """Records of one JSON file on the hub."""
-    try:
-        loaded = common.hf_datasets.load_dataset("json", data_files=url, split="train")
-    except Exception as error:
-        raise UserError(f"cannot load {url} from the Hugging Face hub: {type(error).__name__}: {str(error)[:300]}") from None
-    return [(url, number, record) for number, record in enumerate(loaded, 1)]
 
 
 def prompt_ids(messages, tokenizer, template):
@@ -798,7 +799,7 @@ def parse_score(text):
 def ask(judge, messages, base_url, key, sleep=time.sleep):
     """One chat completion -> text. Rate limits, server errors, timeouts and broken replies are tried again, after the time the server
     names (Retry-After) or a doubling one. Raises UserError where that does not help or the request itself is refused."""
-    body = json.dumps({"model": judge, "messages": messages, "temperature": 0, "max_tokens": 1024}).encode()
+    body = json.dumps({"model": judge, "messages": messages, "temperature": 0}).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     for attempt in range(ATTEMPTS):
         wait = FIRST_WAIT * 2 ** attempt
@@ -831,7 +832,7 @@ def retry_after(value, default):
 
 def judge_answers(model, task, rows, args, folder):
     """Grade every answer in every round; judgements are appended to judgements/<judge>/<model>.jsonl as they come, under a key of judge,
-    prompt and round, and none is asked for twice. -> the judgements of these answers."""
+    question, prompt and round, and none is asked for twice. -> the judgements of these answers."""
     questions = {question["question_id"]: question for question in task.rows}
     store = Predictions(folder / "judgements" / safe_name(args.judge) / f"{model.label}.jsonl", grows=True)
     known, jobs = {line["key"]: line for line in store.rows}, {}
@@ -839,7 +840,7 @@ def judge_answers(model, task, rows, args, folder):
         for turn in range(len(row["answers"])):
             messages = judge_messages(questions[row["question_id"]], row["answers"], turn)
             for number in range(args.rounds or 5):
-                key = digest([args.judge, messages, number])
+                key = digest([args.judge, row["question_id"], messages, number])
                 jobs[key] = {"key": key, "question_id": row["question_id"], "category": row["category"], "turn": turn, "round": number}, messages
     base_url, api_key = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1", os.environ.get("OPENAI_API_KEY")
 
@@ -983,7 +984,7 @@ def parse_args(argv=None):
     add("--allow_code", action="store_true", help="let humaneval and the like run the code that the model writes, in a limited subprocess")
     add = parser.add_argument_group("how").add_argument
     add("--template", choices=["auto", "alpaca", "chat", "plain"], default="auto", help="auto: domains and chat the tokenizer's chat template, else Alpaca's; multiple choice and lm-eval plain text")
-    add("--max_length", type=common.positive_int, metavar="TOKENS", help="longest prompt with answer; default min(2048, positions) for domains as in training, else min(4096, positions)")
+    add("--max_length", type=common.positive_int, metavar="TOKENS", help="longest prompt with answer; default min(2048, positions) for domains as in training, min(4096, positions) for multiple choice, all positions for lm-eval")
     add("--max_new_tokens", type=common.positive_int, default=1024, metavar="TOKENS", help="longest answer of mt_bench and alpaca_eval (FastChat's default)")
     add("--batch_size", type=common.positive_int, default=8, metavar="EXAMPLES", help="examples per forward pass; changes memory and speed, not the result")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto", help="bf16: autocast; auto: bf16 on a GPU that has it, else fp32")
@@ -999,7 +1000,7 @@ def prepare(args):
     """Read everything the command names -> list of Task; nothing is written. Raises UserError."""
     tasks = []
     for dataset in common.load_data(args.eval_data, seed=args.seed, split="eval"):
-        settings = {"version": VERSION, "data": common.fingerprint([dataset]), "limit": args.limit, "template": args.template, "max_length": args.max_length, "dtype": args.dtype}
+        settings = shared_settings(args, common.fingerprint([dataset]), max_length=args.max_length)
         tasks.append(Task(dataset.label, "domain", settings, dataset.rows[:args.limit], extra={"left_out": sum(dataset.dropped.values())}))
     for text in [part for text in args.tasks for part in (DYNAMIXSFT if text == "dynamixsft" else [text])]:
         name, _, source = text.partition("=")

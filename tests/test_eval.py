@@ -193,6 +193,8 @@ def test_shots_are_solved_disjoint_and_change_with_the_round(write_jsonl):
     for shot in task.shots[0]:
         letter = "ABCD"[shot.true.index(True)]
         assert f"{letter}. {shot.options[shot.true.index(True)]}" in prompt and f"Answer:\n{letter}\n\n" in prompt
+    truthful = write_jsonl("truthful.jsonl", truthful_rows(9))
+    assert len(prepare(f"truthfulqa_mc2={truthful},{truthful}", "--shots", "2").shots) == 3
     with pytest.raises(UserError, match="too few"):
         prepare(f"medqa={write_jsonl('small.jsonl', medqa_rows(8))}")
 
@@ -540,6 +542,7 @@ def test_scores_by_turn_and_round():
     ("def f(:", False), ("while True: pass", False), ("x = bytearray(2 ** 34)", False), ("import time; time.sleep(60)", False),
     ("print('noise'); import sys; sys.stderr.write('noise')", True), ("open('big', 'w').write('x' * 2 ** 24)", False),
     ("import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])", True),
+    ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(20)", False),  # holds the pipe: given up
     ("import os; assert 'OPENAI_API_KEY' not in os.environ and os.listdir('.') == ['program.py']", True)])
 def test_programs_run_in_limits(program, passes, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
