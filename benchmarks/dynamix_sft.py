@@ -30,14 +30,14 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import dynamix_sft  # noqa: E402
 
-RECIPE = ["--eval_data", "toy", "--template", "plain", "--batch_size", "32", "--micro_batch_size", "32", "--lr", "3e-3", "--epochs", "4",
-          "--update_every", "10", "--save_every", "0"]
+RECIPE = ["--eval_data", "toy", "--template", "plain", "--batch_size", "32", "--micro_batch_size", "16", "--lr", "3e-3", "--epochs", "3",
+          "--update_every", "8", "--save_every", "0"]
 TOY, NOISE = ["--data", "toy"], ["--data", "toy", "toy/noise"]
 MIXTURES = {"proportional": ["--sampling", "proportional"], "uniform": ["--sampling", "uniform"], "DynamixSFT": []}
 REWARDS = {"same batch (default)": [], "fresh batch": ["--reward_on", "fresh"], "first order": ["--lookahead", "first_order"],
            "first order, fresh batch": ["--lookahead", "first_order", "--reward_on", "fresh"], "entropy": ["--reward", "entropy"],
            "proportional sampling": ["--sampling", "proportional"]}
-BATCHES = (4, 8, 16, 64)
+BATCHES = (4, 16, 64)
 
 
 def small_model(folder, seed):
