@@ -177,6 +177,7 @@ class HubSource:
     path: str
     config: str | None = None
     split: str = "train"
+    eval_split: str | None = None     # where --eval_data reads, if the source keeps rows for that
     source_column: str | None = None  # split into one dataset per value
     stream: bool = False              # too large to download: read only the first rows
 
@@ -186,12 +187,12 @@ MEDALPACA = ("medical_flashcards", "wikidoc", "wikidoc_patient_information", "me
              "health_advice", "mmmlu", "pubmed_causal")
 ALIASES = {
     "alpaca": [HubSource("tatsu-lab/alpaca")],
-    "ultrachat": [HubSource("HuggingFaceH4/ultrachat_200k", split="train_sft")],
+    "ultrachat": [HubSource("HuggingFaceH4/ultrachat_200k", split="train_sft", eval_split="test_sft")],
     # SFTMix's 263K medical set is not identified in the paper beyond "MedAlpaca": this is the medical_meadow collection.
     "medalpaca": [HubSource(f"medalpaca/medical_meadow_{name}") for name in MEDALPACA],
     "tulu2": [HubSource("allenai/tulu-v2-sft-mixture", source_column="dataset")],
     "tulu3": [HubSource("allenai/tulu-3-sft-mixture", source_column="source")],
-    "gsm8k": [HubSource("openai/gsm8k", config="main")],
+    "gsm8k": [HubSource("openai/gsm8k", config="main", eval_split="test")],
     "numinamath": [HubSource("AI-MO/NuminaMath-CoT")],
     "code_feedback": [HubSource("m-a-p/CodeFeedback-Filtered-Instruction")],
     "medical_flashcards": [HubSource("medalpaca/medical_meadow_medical_flashcards")],
@@ -201,8 +202,8 @@ ALIASES = {
     "tinymmlu": [HubSource("tinyBenchmarks/tinyMMLU", config="all", split="test")],
     "tinyhellaswag": [HubSource("tinyBenchmarks/tinyHellaswag", config="default", split="validation")],
     "pubmedqa": [HubSource("qiaojin/PubMedQA", config="pqa_labeled")],
-    "medqa": [HubSource("GBaker/MedQA-USMLE-4-options")],
-    "medmcqa": [HubSource("openlifescienceai/medmcqa")],
+    "medqa": [HubSource("GBaker/MedQA-USMLE-4-options", eval_split="test")],
+    "medmcqa": [HubSource("openlifescienceai/medmcqa", eval_split="validation")],
     "truthfulqa": [HubSource("truthfulqa/truthful_qa", config="multiple_choice", split="validation")],
 }
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -353,14 +354,15 @@ def _load_file(file):
         raise UserError(f"{file}: cannot be read as {kind} ({type(cause).__name__}: {cause})") from None
 
 
-def _load_hub(source, limit):
+def _load_hub(source, limit, split="train"):
     """Records of a HubSource; a streamed one only up to limit rows."""
+    split = source.eval_split if split == "eval" and source.eval_split else source.split
     try:
-        loaded = hf_datasets.load_dataset(source.path, source.config, split=source.split, streaming=source.stream)
+        loaded = hf_datasets.load_dataset(source.path, source.config, split=split, streaming=source.stream)
         return list(loaded.take(limit or STREAM_ROWS)) if source.stream else loaded
     except Exception as error:
         name = source.path + (f" ({source.config})" if source.config else "")
-        raise UserError(f"cannot load {name}, split {source.split}, from the Hugging Face hub: {type(error).__name__}: "
+        raise UserError(f"cannot load {name}, split {split}, from the Hugging Face hub: {type(error).__name__}: "
                         f"{str(error)[:300]}") from None
 
 
@@ -395,7 +397,7 @@ def _records(source, limit, split):
     if source not in ALIASES and "/" not in source:
         raise UserError(f"{source}: no such file, folder or alias; aliases are toy, {', '.join(sorted(ALIASES))}")
     sources = ALIASES.get(source) or [HubSource(source)]
-    records = [(entry.path, i, record) for entry in sources for i, record in enumerate(_load_hub(entry, limit), 1)]
+    records = [(entry.path, i, record) for entry in sources for i, record in enumerate(_load_hub(entry, limit, split), 1)]
     return records, source.split("/")[-1], sources[0].source_column
 
 
@@ -403,7 +405,7 @@ def load_spec(spec, source_column=None, seed=0, split="train"):
     """One SPEC -> list of Dataset: one, or one per value of the source column (--source_column, or the alias's own).
 
     #N keeps N random rows (drawn with seed) in file order. Rows whose response is blank are left out and counted.
-    split matters to toy only: "train" and "eval" rows are disjoint. Raises UserError.
+    split "eval" (for --eval_data): toy's held-out rows, and an alias's test split where it has one. Raises UserError.
     """
     label, source, count = parse_spec(spec)
     records, default_label, column = _records(source, count, split)

@@ -193,8 +193,13 @@ def test_hub_code_on_a_local_repository(tmp_path, monkeypatch):
     monkeypatch.setitem(common.ALIASES, "stream", [common.HubSource(str(repo), config="main", split="train_sft", stream=True)])
     assert [(d.label, len(d.rows)) for d in common.load_data(["mixture"])] == [("x", 3), ("y", 3)]
     assert [row.response for row in common.load_data(["stream#2"])[0].rows] == ["a0", "a1"]  # the head of a stream
-    monkeypatch.setitem(common.ALIASES, "absent", [common.HubSource(str(repo), config="main", split="test")])
-    with pytest.raises(UserError, match="split test, from the Hugging Face hub"):
+    datasets.Dataset.from_list(rows[:1]).to_parquet(str(repo / "held_out.parquet"))
+    (repo / "README.md").write_text("---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train_sft\n    path: data/*.parquet\n"
+                                    "  - split: test\n    path: held_out.parquet\n---\n")
+    monkeypatch.setitem(common.ALIASES, "both", [common.HubSource(str(repo), config="main", split="train_sft", eval_split="test")])
+    assert [len(common.load_data(["both"], split=split)[0].rows) for split in ("train", "eval")] == [6, 1]
+    monkeypatch.setitem(common.ALIASES, "absent", [common.HubSource(str(repo), config="main", split="dev")])
+    with pytest.raises(UserError, match="split dev, from the Hugging Face hub"):
         common.load_data(["absent"])
 
 
