@@ -163,6 +163,10 @@ class Predictions:
             stream.write("".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode("utf-8", "replace"))
         self.rows += rows
 
+    def clear(self):
+        self.part.unlink(missing_ok=True)
+        self.rows = []
+
     def finish(self):
         if not self.part.exists():
             self.add([])
@@ -365,10 +369,11 @@ def prepare_choice(name, source, args):
         raise UserError(f"{name}: is not on the hub in a form that can be loaded; give its rows with {name}=FILE")
     records = read_records(test or task.test)
     train = train or (task.train if not test else None)
+    train_records = read_records(train) if train and shots else []
     questions = [read_question(name, i, *record, args.seed) for i, record in enumerate(records)]
     rng = common.data_rng(args.seed, f"shots {name}")
-    if train and shots:
-        pool = [read_question(name, -1 - i, *record, args.seed) for i, record in enumerate(read_records(train))]
+    if train_records:
+        pool = [read_question(name, -1 - i, *record, args.seed) for i, record in enumerate(train_records)]
     else:
         held_out = set(rng.permutation(len(questions))[:shots * rounds].tolist())
         pool = [question for question in questions if question.index in held_out]
@@ -376,10 +381,10 @@ def prepare_choice(name, source, args):
     if len(pool) < shots or not questions:
         raise UserError(f"{name}: {len(records)} rows are too few for {rounds} rounds of {shots} shots; give shots with {name}=FILE,SHOTSFILE")
     if len(pool) >= shots * rounds:  # no question is a shot in two rounds
-        order = rng.permutation(len(pool)).reshape(-1)[:shots * rounds].reshape(rounds, shots)
+        order = rng.permutation(len(pool))[:shots * rounds].reshape(rounds, shots)
     else:
         order = [rng.permutation(len(pool))[:shots] for _ in range(rounds)]
-    settings = shared_settings(args, digest([str(question) for question in questions + pool]), shots=shots, rounds=rounds, seed=args.seed,
+    settings = shared_settings(args, digest([record for *_, record in records + train_records]), shots=shots, rounds=rounds, seed=args.seed,
                                max_length=args.max_length)
     return Task(name, "choice", settings, questions[:args.limit], [[pool[i] for i in draw] for draw in order])
 
@@ -641,6 +646,7 @@ def run_lm_eval(model, task, store, args):
         raise UserError(f"{task.name}: lm-eval failed ({type(error).__name__}: {str(error)[:300]})") from error
     common.write_text(cache / f"{name}.json", json.dumps({key: output[key] for key in ("results", "versions", "n-shot", "configs") if key in output},
                                                          indent=1, default=str) + "\n")
+    store.clear()
     store.add([{"task": part, "index": sample["doc_id"], "filter": sample["filter"], "prompt": sample["arguments"][0][0], "target": sample["target"],
                 "responses": sample["resps"], "filtered": sample["filtered_resps"], "metrics": {key: sample[key] for key in sample["metrics"]}}
                for part, samples in output["samples"].items() for sample in samples])
@@ -1073,11 +1079,15 @@ def main(argv=None):
         print(f"\ninterrupted: the same command with --output_dir {folder} goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     add_intervals(results, by_row, names[0], args.seed)
-    common.write_text(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    path = folder / "results.json"
+    whole = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for name, rows in results.items():  # what an earlier command found stays
+        whole.setdefault(name, {}).update(rows)
+    common.write_text(path, json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     print_table(results, names[0])
     if len(models) > 1:
         plot_results(folder / "results.png", results)
-    print(f"done  {folder}/results.json")
+    print(f"done  {path}")
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_names_are_safe_and_unique():
 
 def test_domain_is_what_the_scripts_report(tmp_path, tokenizer):
     result = run(tmp_path / "run", "--eval_data", "toy/copy#24", "mine=toy/add#9", "--batch_size", "5")["tiny"]
-    for label, source in (("copy", "toy/copy#24"), ("mine/add", "toy/add#9")):
+    for label, source in (("copy", "toy/copy#24"), ("mine", "toy/add#9")):
         datasets = common.load_data([source], split="eval")
         examples = common.encode_datasets(datasets, tokenizer, "alpaca", 2048, quiet=True)[0]
         own = common.evaluate(common.tiny_model(0), {label: examples}, 8, torch.device("cpu"), "fp32", False)[label]
@@ -342,6 +342,7 @@ def test_other_settings_data_or_models_are_refused(tmp_path, write_jsonl, model_
     assert "holds other files" in fails(capsys, tmp_path / "other", *flags)
     both = run(tmp_path / "more", "--model", "tiny", "--tasks", f"medqa={rows}", *QUICK), run(tmp_path / "more", "--model", "tiny", name, "--tasks", f"medqa={rows}", *QUICK)
     assert both[1]["tiny"] == both[0]["tiny"] and both[1][name]["medqa"]["accuracy"] == result[name]["medqa"]["accuracy"]  # a model is added to a folder
+    assert set(run(tmp_path / "more", "--eval_data", "toy/add#3")["tiny"]) == {"add", "medqa"}  # and a task, what was there stays
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, write_jsonl, monkeypatch, capsys):
@@ -593,6 +594,9 @@ def test_gsm8k_over_local_rows(tmp_path, write_jsonl, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path / "run", *flags)
     asked = len(prompts)
+    part = tmp_path / "run" / "predictions" / "tiny" / "gsm8k.jsonl.part"
+    part.parent.mkdir(parents=True)
+    part.write_text('{"task": "gsm8k", "from": "a command killed before it renamed this"}\n')
     result = run(tmp_path / "run", *flags)["tiny"]["gsm8k"]
     assert asked == 5 and len(prompts) == 5 + 2  # what was answered before the interrupt came from the cache
     assert result["exact_match,strict-match"] == 0.5 and result["exact_match,flexible-extract"] == pytest.approx(4 / 6) and result["n"] == 6
