@@ -194,6 +194,8 @@ def read_records(source):
     """A local file, folder or hub id -> list of (file, row number, record). HubSource: the benchmark's own place on the hub; one
     whose path is a file's address (hf://...) is that JSON file."""
     if not isinstance(source, HubSource):
+        if source.split("/")[0] == "toy":
+            raise UserError("toy holds no benchmark's rows; give it with --eval_data")
         return list(common._records(source, None, "eval")[0])
     if source.path.startswith("hf://"):
         try:

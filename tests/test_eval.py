@@ -17,6 +17,7 @@ import transformers
 
 import common
 import eval as evaluation
+import sftmix
 from common import UserError
 from conftest import random_model
 
@@ -110,6 +111,16 @@ def test_domain_is_what_the_scripts_report(tmp_path, tokenizer):
         assert all(result[label][key] == pytest.approx(own[key], rel=1e-6) for key in ("nll", "ppl", "accuracy", "tokens"))
         assert result[label]["nll_low"] < result[label]["nll"] < result[label]["nll_high"]
     assert len(lines(tmp_path / "run" / "predictions" / "tiny" / "copy.jsonl")) == 24 == result["copy"]["n"]
+
+
+def test_an_adapter_scores_as_in_the_run_that_saved_it(tmp_path, model_folder):
+    sftmix.main(["--model", model_folder("llama"), "--eval_data", "toy/copy#12", "--data", "toy/add#8", "--max_steps", "3", "--batch_size", "8", "--mu", "0", "--lora_rank", "4", "--lr", "1e-2",
+                 "--output_dir", str(tmp_path / "run")])
+    trained = json.loads((tmp_path / "run" / "summary.json").read_text())["eval"]["copy"]
+    adapter = str(tmp_path / "run" / "final")
+    result = run(tmp_path / "eval", "--model", model_folder("llama"), adapter, "--eval_data", "toy/copy#12")
+    assert Path(adapter, "adapter_config.json").exists() and result[adapter]["copy"]["nll"] == pytest.approx(trained["nll"], rel=1e-5)
+    assert abs(result[adapter]["copy"]["nll"] - result[model_folder("llama")]["copy"]["nll"]) > 0.01
 
 
 def test_two_models_are_compared(tmp_path, model_folder, capsys):
