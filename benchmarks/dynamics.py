@@ -28,8 +28,8 @@ BASE_ROWS, TRAIN_ROWS, EVAL_ROWS = 2000, 400, 256  # per task: of the base model
 BASE_FLAGS = ["--mu", "0", "--ntp_on", "full", "--template", "plain"]
 FIRST_STAGE, SECOND_STAGE = ["--lr", "2e-3", "--epochs", "1.5", "--batch_size", "32"], ["--lr", "5e-4", "--epochs", "1", "--batch_size", "8"]
 SECOND_STAGE_ROWS = 100  # of each task
-FLAGS = ["--template", "plain", "--max_steps", "96", "--batch_size", "8", "--lr", "5e-4", "--updates", "0,12,36,66", "--probe_steps", "4",
-         "--eval_limit", "32", "--micro_batch_size", "32"]
+FLAGS = ["--template", "plain", "--max_steps", "96", "--batch_size", "8", "--micro_batch_size", "32", "--lr", "2e-4", "--warmup_ratio", "0.1",
+         "--updates", "0,12,36,66", "--probe_steps", "8", "--eval_limit", "32"]
 MASSES = ["0", "0.2", "0.5", "0.8", "1"]
 VARIANTS = {"DynaMiCS": [], "DynaMiCS, damping 0.5": ["--damping", "0.5"], "gradient alignment": ["--mixture", "gradient"],
             **{f"fixed, target mass {mass}": ["--mixture", "uniform", "--target_mass", mass] for mass in MASSES}}

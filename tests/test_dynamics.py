@@ -422,7 +422,14 @@ def test_metrics_are_consistent(finished):
             observed = losses[after][f"eval/{label}/nll"] - losses[record["step"]][f"eval/{label}/nll"]
             assert losses[after][f"update/{label}/observed"] == pytest.approx(observed)
         assert "slope/count/add" not in record  # watched: reported, not part of the problem
+    # between two updates nothing is drawn from a dataset of weight 0, also not by batches that were drawn ahead
     assert [record["step"] for record in log if "train/loss" in record] == list(range(1, 9))
+    drawn = {0: dict.fromkeys(("add", "copy", "count"), 0.0)}
+    for record in log:
+        if "train/loss" in record:
+            drawn[record["step"]] = {label: record[f"share/{label}"] * record["examples"] for label in drawn[0]}
+    unused = [(record["step"], after, label) for record, after in zip(updates, (2, 5, 8)) for label in drawn[0] if record[f"mixture/{label}"] == 0]
+    assert unused and all(drawn[after][label] == pytest.approx(drawn[first][label]) for first, after, label in unused)
     last = [record for record in log if "train/loss" in record][-1]
     assert sum(last[f"share/{label}"] for label in ("add", "copy", "count")) == pytest.approx(1)
 
