@@ -166,9 +166,10 @@ def test_damping_and_fixed_mixtures_by_hand():
 
 
 def test_update_steps():
-    assert dynamics.update_steps("none", 2048) == [0, 256, 512, 768, 1024, 1280, 1536, 1792]
-    assert dynamics.update_steps("light", 2048) == [0, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792]
-    assert dynamics.update_steps("dense", 2048) == [0, 16, 32, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792]
+    assert dynamics.update_steps("none", 96) == [0, 16, 32, 48, 64, 80]
+    assert dynamics.update_steps("light", 96) == [0, 4, 8, 16, 32, 48, 64, 80]
+    assert dynamics.update_steps("dense", 96) == [0, 1, 2, 4, 8, 16, 32, 48, 64, 80]
+    assert dynamics.update_steps("light", 2048) == [0, 85, 171, 341, 683, 1024, 1365, 1707]
     assert dynamics.update_steps("5,9", 10) == [0, 5, 9] and dynamics.update_steps("0", 1) == [0]
     for steps in (1, 2, 7, 100):
         for schedule in ("none", "light", "dense"):
@@ -186,10 +187,10 @@ def test_probe_rates_are_the_interval_in_miniature():
 
 
 def test_affordable_rows_by_hand():
-    # static run: 100 steps · 8 · 10 = 8,000 tokens; 1.5x less the margin leaves 3,600; 4 updates · 2 datasets · 1 step · 80 tokens = 640 are
-    # for probes; an evaluated row costs (8 probes · 20 + 5 evaluations · 30) / 3 = 103.3 -> 28 rows
-    assert dynamics.affordable_rows(1.5, 100, 5, 4, 2, 1, 8, 10, 20, 30) == 28
-    assert dynamics.affordable_rows(1.01, 100, 5, 4, 2, 1, 8, 10, 20, 30) == dynamics.FEWEST_ROWS
+    # static run: 100 steps · 8 · 10 tokens (the shorter dataset) = 8,000; 1.5x less the margin leaves 3,600; the probes of 4 updates train on
+    # 4 · 1 step · 8 · (10 + 20) = 960; an evaluated row costs 0.4 (8 probes · 20 + 5 evaluations · 30) = 124 -> 21 rows
+    assert dynamics.affordable_rows(1.5, 100, 5, 4, 1, 8, [10, 20], 20, 30) == 21
+    assert dynamics.affordable_rows(1.01, 100, 5, 4, 1, 8, [10, 20], 20, 30) == dynamics.FEWEST_ROWS
 
 
 # ---------------------------------------------------------------------------------------------------- domains
