@@ -866,7 +866,8 @@ def describe_model(model, name, dtype):
 #    every rank sees the same order, and a baseline sees the batches of the method.
 # ----------------------------------------------------------------------------------------------------------------------
 
-LENGTH_WINDOW = 16  # optimizer batches within which examples are sorted by length; batches are shuffled again afterwards
+LENGTH_WINDOW = 16  # optimizer batches within which examples are grouped by length
+LENGTH_GROUP = 8    # examples of similar length that stay together; a batch is made of several groups, of any lengths
 
 
 def _stream(name):
@@ -884,12 +885,14 @@ def batch_sizes(total, batch_size):
     return np.diff(np.linspace(0, total, steps + 1).round().astype(int))
 
 
-def length_grouped(order, lengths, sizes, rng, window=LENGTH_WINDOW):
-    """Cut a permutation into batches of examples of similar length.
+def length_grouped(order, lengths, sizes, rng, window=LENGTH_WINDOW, group=LENGTH_GROUP):
+    """Cut a permutation into batches of groups of examples of similar length.
 
-    order (N,) permuted indices; lengths (N_all,) by index; sizes (steps,). Within each window of batches the examples
-    are sorted by length before they are cut, then the window's batches are shuffled. Every index is used exactly once.
-    -> list of index arrays
+    order (N,) permuted indices; lengths (N_all,) by index; sizes (steps,). Within each window of batches the examples are
+    sorted by length and cut into groups of at most `group`, which are dealt to the window's batches at random. So
+    micro-batches waste little on padding, and yet a batch holds all lengths: batches of one length would be batches of one
+    kind of task, and a batch of short responses, divided by its few tokens, would count each of them for more. Every index is
+    used exactly once; window=1 groups nothing across batches. -> list of index arrays
     """
     batches, at = [], 0
     for first in range(0, len(sizes), window):
@@ -897,14 +900,18 @@ def length_grouped(order, lengths, sizes, rng, window=LENGTH_WINDOW):
         block = order[at:at + counts.sum()]
         at += counts.sum()
         block = block[np.argsort(lengths[block], kind="stable")]
-        cut = np.split(block, np.cumsum(counts)[:-1])
-        batches += [cut[i] for i in rng.permutation(len(cut))]
+        slots = [(batch, size) for batch, count in enumerate(counts) for size in batch_sizes(count, group)]
+        dealt = rng.permutation(len(slots))
+        groups = np.split(block, np.cumsum([slots[i][1] for i in dealt])[:-1])
+        members = [[] for _ in counts]
+        for i, indices in zip(dealt, groups):
+            members[slots[i][0]].append(indices)
+        batches += [np.concatenate([*parts, block[:0]]) for parts in members]
     return batches
 
 
 def epoch_batches(lengths, batch_size, seed, epoch, stream="order", window=LENGTH_WINDOW):
-    """One epoch of shuffled, length-grouped batches over all examples -> list of index arrays; each example once. Where length
-    goes with the kind of task, a window makes batches of one kind; window=1 draws each batch by itself."""
+    """One epoch of shuffled, length-grouped batches over all examples -> list of index arrays; each example once."""
     rng = data_rng(seed, stream, epoch)
     return length_grouped(rng.permutation(len(lengths)), np.asarray(lengths), batch_sizes(len(lengths), batch_size), rng, window)
 

@@ -140,25 +140,34 @@ def sftmix_loss(hidden, targets, lengths, lam, weight, mu, bias=None, *, scale=1
     return totals[0], totals[1].detach(), totals[2].detach()
 
 
+PAIR_GROUP = common.LENGTH_GROUP // 2  # pairs of similar length that stay together, so a group has as many examples as in NTP
+
+
 def paired_batches(confident, unconfident, rest, lengths, batch_size, seed, epoch, window=common.LENGTH_WINDOW):
     """One epoch of batches with an equal number of confident and unconfident examples, randomly paired (§3.3 step 3).
 
     confident, unconfident, rest: example indices (rest, of the thirds, is never mixed); lengths by example index. Both
-    halves are shuffled, grouped by length inside a window of batches, and dealt evenly over the same number of batches.
+    halves are shuffled, grouped by length inside a window of batches (common.length_grouped), and dealt evenly over the same
+    number of batches. Within a batch the pairs are random among the examples of similar length; with window=1, among all.
     -> list of batches; a batch is a list of (confident, unconfident) index pairs, None where there is no partner. Every
     example occurs exactly once.
     """
-    total = len(confident) + len(unconfident) + len(rest)
+    lengths, total = np.asarray(lengths), len(confident) + len(unconfident) + len(rest)
     steps = -(-total // batch_size)
     parts = []
     for name, indices in (("confident", confident), ("unconfident", unconfident), ("rest", rest)):
         sizes = np.diff(np.linspace(0, len(indices), steps + 1).round().astype(int))
         order = common.data_rng(seed, name, epoch).permutation(np.asarray(indices, dtype=np.int64))
-        # the same generator for all three: batch k of each comes from the same place of its length order
-        parts.append(common.length_grouped(order, np.asarray(lengths), sizes, common.data_rng(seed, "window", epoch), window))
+        # the same generator for all three: group k of each comes from the same place of its length order
+        parts.append(common.length_grouped(order, lengths, sizes, common.data_rng(seed, "window", epoch), window, PAIR_GROUP))
     batches, rng = [], common.data_rng(seed, "pairs", epoch)
+
+    def shuffled(indices):
+        ranks = np.argsort(np.argsort(lengths[indices], kind="stable"))
+        return indices[np.lexsort((rng.random(len(indices)), ranks // PAIR_GROUP if window > 1 else 0 * ranks))].tolist()
+
     for c, u, r in zip(*parts):
-        c, u = rng.permutation(c).tolist(), rng.permutation(u).tolist()
+        c, u = shuffled(c), shuffled(u)
         width = max(len(c), len(u))
         c, u = c + [None] * (width - len(c)), u + [None] * (width - len(u))
         batches.append(list(zip(c, u)) + [(i, None) for i in r.tolist()])
@@ -426,7 +435,7 @@ def parse_args(argv=None):
     add("--mixup_norm", choices=["batch", "mean"], default="batch", help="batch: both sums divided by the response tokens of the batch; mean: each by its own count")
     add("--select", metavar="longest|FILE", help="train on --select_n rows only: the longest responses, or the highest scores of FILE (Table 7)")
     add("--select_n", type=common.positive_int, default=1000, metavar="N", help="rows that --select keeps (Table 7: 1,000)")
-    add("--length_window", type=common.positive_int, default=common.LENGTH_WINDOW, metavar="BATCHES", help="examples of so many batches are sorted by length before they are cut into batches: less padding, but batches are less mixed where length goes with the kind of task; 1 = none (not in the paper)")
+    add("--length_window", type=common.positive_int, default=common.LENGTH_WINDOW, metavar="BATCHES", help="within so many batches examples (and pairs) of similar length are kept together in groups of 8: less padding; 1 = no grouping across batches, pairs random among all of a batch (not in the paper)")
     args = parser.parse_args(argv)
     if args.max_steps:
         args.epochs = None

@@ -438,6 +438,17 @@ def test_length_grouping_saves_padding():
     assert efficiency(plain) < 0.65 < 0.9 < efficiency(common.epoch_batches(lengths, 8, 0, 0))
 
 
+def test_length_groups_leave_batches_mixed():
+    """Micro-batches are of one length, optimizer batches of all lengths: their mean lengths spread little."""
+    lengths = np.random.default_rng(0).integers(20, 500, 4000)
+    batches = common.epoch_batches(lengths, 64, 0, 0)
+    micros = [part for batch in batches for part in common.micro_batches(batch.tolist(), lengths[batch], 8)]
+    assert lengths.sum() / sum(len(part) * lengths[part].max() for part in micros) > 0.9
+    means = np.array([lengths[batch].mean() for batch in batches])
+    assert means.std() < 1.3 * lengths.std() / np.sqrt(64 / common.LENGTH_GROUP)  # as if 8 groups were drawn independently
+    assert sorted(np.concatenate(batches).tolist()) == list(range(4000))
+
+
 def test_mixture_sampler_passes_through_every_dataset_without_replacement():
     sizes, lengths = [30, 7, 1], np.full(38, 50)  # of one length: batches keep the order of the draws
     sampler = common.MixtureSampler(sizes, lengths, 8, seed=1)
