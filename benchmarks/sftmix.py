@@ -4,8 +4,7 @@
 
 The seed changes the model's initial weights, the data order and λ. Further flags go to every run: --epochs 10, ...
 SFTMix changes two things about NTP: the loss, and the make-up of a batch, which holds a confident and an unconfident half.
-"SFTMix's batches, no Mixup" keeps the second and takes the first away (a μ too small to matter); "NTP, batches of mixed
-lengths" is NTP without the grouping by length that makes batches of one toy task each.
+"SFTMix's batches, no Mixup" keeps the second and takes the first away (a μ too small to matter).
 """
 from __future__ import annotations
 
@@ -21,7 +20,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "NTP": ["--mu", "0", "--ntp_on", "full"],
-    "NTP, batches of mixed lengths": ["--mu", "0", "--ntp_on", "full", "--length_window", "1"],
     "SFTMix": [],
     "SFTMix's batches, no Mixup": ["--mu", "1e-9", "--confidence", "{folder}/sftmix-{seed}/confidence.jsonl"],
     "SFTMix, random halves": ["--partition", "random"],
