@@ -354,7 +354,7 @@ def _load_file(file):
         raise UserError(f"{file}: cannot be read as {kind} ({type(cause).__name__}: {cause})") from None
 
 
-def _load_hub(source, limit, split="train"):
+def load_hub(source, limit, split="train"):
     """Records of a HubSource; a streamed one only up to limit rows."""
     split = source.eval_split if split == "eval" and source.eval_split else source.split
     try:
@@ -377,8 +377,9 @@ def parse_spec(spec):
     return match["label"], match["source"], match["count"] and int(match["count"])
 
 
-def _records(source, limit, split):
-    """-> (iterable of (file, row number, record or Row), default label, column to split by)."""
+def read_source(source, limit, split):
+    """A SPEC's SOURCE -> ([(file, row number, record)], default label, column to split by or None); toy: record = (task, Row).
+    limit: rows that are read of a streamed source. split: "train", or "eval" for the rows kept for evaluation. Raises UserError."""
     if source == "toy" or source.startswith("toy/"):
         rows = toy_rows(source[4:] or None, split)
         return [(f"toy/{task}", i, (task, row)) for i, (task, row) in enumerate(rows, 1)], source.replace("/", "_"), "task"
@@ -397,7 +398,7 @@ def _records(source, limit, split):
     if source not in ALIASES and "/" not in source:
         raise UserError(f"{source}: no such file, folder or alias; aliases are toy, {', '.join(sorted(ALIASES))}")
     sources = ALIASES.get(source) or [HubSource(source)]
-    records = [(entry.path, i, record) for entry in sources for i, record in enumerate(_load_hub(entry, limit, split), 1)]
+    records = [(entry.path, i, record) for entry in sources for i, record in enumerate(load_hub(entry, limit, split), 1)]
     return records, source.split("/")[-1], sources[0].source_column
 
 
@@ -408,7 +409,7 @@ def load_spec(spec, source_column=None, seed=0, split="train"):
     split "eval" (for --eval_data): toy's held-out rows, and an alias's test split where it has one. Raises UserError.
     """
     label, source, count = parse_spec(spec)
-    records, default_label, column = _records(source, count, split)
+    records, default_label, column = read_source(source, count, split)
     if column != "task" and source_column:
         column = source_column
     if count is not None:

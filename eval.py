@@ -196,14 +196,14 @@ def read_records(source):
     if not isinstance(source, HubSource):
         if source.split("/")[0] == "toy":
             raise UserError("toy holds no benchmark's rows; give it with --eval_data")
-        return list(common._records(source, None, "eval")[0])
+        return list(common.read_source(source, None, "eval")[0])
     if source.path.startswith("hf://"):
         try:
             records = common.hf_datasets.load_dataset("json", data_files=source.path, split="train")
         except Exception as error:
             raise UserError(f"cannot load {source.path} from the Hugging Face hub: {type(error).__name__}: {str(error)[:300]}") from None
     else:
-        records = common._load_hub(source, None)
+        records = common.load_hub(source, None)
     return [(source.path, number, record) for number, record in enumerate(records, 1)]
 
 
