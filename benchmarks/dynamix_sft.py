@@ -37,7 +37,6 @@ MIXTURES = {"proportional": ["--sampling", "proportional"], "uniform": ["--sampl
 REWARDS = {"same batch (default)": [], "fresh batch": ["--reward_on", "fresh"], "first order": ["--lookahead", "first_order"],
            "first order, fresh batch": ["--lookahead", "first_order", "--reward_on", "fresh"], "entropy": ["--reward", "entropy"],
            "proportional sampling": ["--sampling", "proportional"]}
-BATCHES = (4, 16, 64)
 
 
 def small_model(folder, seed):
@@ -123,16 +122,15 @@ def batch(args):
     def distance(one, other):
         return 0.5 * np.abs(one - other).sum(1).mean()
 
-    paths = {b: [mixtures_over_time(f) for seed in args.seeds
-                 if (f := run(args, "DynamixSFT" if b == 16 else f"batch {b}", seed, TOY + ["--reward_batch_size", str(b)]))] for b in BATCHES}
-    largest, rows = BATCHES[-1], []
+    paths = {b: {seed: mixtures_over_time(f) for seed in args.seeds
+                 if (f := run(args, "DynamixSFT" if b == 16 else f"batch {b}", seed, TOY + ["--reward_batch_size", str(b)]))} for b in args.sizes}
+    largest, rows = max(args.sizes), []
     for b, found in paths.items():
-        between = [distance(one, other) for i, one in enumerate(found) for other in found[:i]]
-        to_large = [distance(one, other) for one, other in zip(found, paths[largest])]
-        rows.append([str(b), "-" if b == largest else mean_error(to_large, 4), f"{np.mean(between):.4f}",
-                     f"{distance(np.mean(found, 0), np.mean(paths[largest], 0)):.4f}" if b != largest else "-"])
-    print(f"total variation between mixtures, averaged over the run; {len(paths[largest])} seeds\n")
-    table(["reward batch", f"to batch {largest}, same seed", "between seeds, same batch", f"mean over seeds, to batch {largest}"], rows)
+        between = [distance(one, found[other]) for seed, one in found.items() for other in found if other < seed]
+        to_large = [distance(one, paths[largest][seed]) for seed, one in found.items() if seed in paths[largest]]
+        rows.append([str(b), str(len(found)), "-" if b == largest or not to_large else mean_error(to_large), f"{np.mean(between):.3f}" if between else "-"])
+    print("total variation between mixtures, averaged over the run\n")
+    table(["reward batch", "seeds", f"to batch {largest}, same seed", "between two seeds, same batch"], rows)
 
 
 def first_order(args):
@@ -229,6 +227,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--output_dir", default="runs/bench-dynamix")
     parser.add_argument("--report", action="store_true", help="print the table of the runs that are there")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 16, 64], help="of batch: reward mini-batches")
     parser.add_argument("--model", default="tiny", help="of overhead")
     parser.add_argument("--data", nargs="+", help="of overhead; default 16 datasets of toy")
     parser.add_argument("--source_column", help="of overhead")
