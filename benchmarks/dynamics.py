@@ -63,10 +63,23 @@ def run(script, folder, *flags):
     return json.loads((folder / "summary.json").read_text())
 
 
+def name(variant):
+    return variant.replace(",", "").replace(" ", "-")
+
+
 def mean_error(values, digits):
     values = np.array(values, dtype=float)
     error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
+
+
+def linear_model(folders, labels):
+    """Predicted and observed changes of these domains over all intervals of some runs -> one line."""
+    records = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
+    predicted, observed = (np.array([record[f"update/{label}/{key}"] for run in records for label in labels for record in run
+                                     if f"update/{label}/{key}" in record]) for key in ("predicted", "observed"))
+    return (f"{len(predicted)} predictions, right sign {np.mean(np.sign(predicted) == np.sign(observed)):.0%}, correlation "
+            f"{np.corrcoef(predicted, observed)[0, 1]:.2f}, median size {np.median(np.abs(predicted)):.4f} predicted, {np.median(np.abs(observed)):.4f} observed")
 
 
 def main(argv=None):
@@ -85,9 +98,8 @@ def main(argv=None):
         *(f"{folder}/base_data/{task}.jsonl#{SECOND_STAGE_ROWS}" for task in ORDER), *evaluate, *BASE_FLAGS, *SECOND_STAGE)
     for seed in range(args.seeds):
         for variant in args.variants:
-            name = variant.replace(",", "").replace(" ", "-")
             results.setdefault(variant, []).append(run(
-                dynamics, folder / f"{name}-{seed}", "--model", folder / "base" / "final", "--lora_rank", 0,
+                dynamics, folder / f"{name(variant)}-{seed}", "--model", folder / "base" / "final", "--lora_rank", 0,
                 "--data", *(folder / "train" / f"{task}.jsonl" for task in tasks), "--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in tasks),
                 "--targets", *TARGETS, "--constraints", *CONSTRAINTS, "--seed", seed, *FLAGS, *VARIANTS[variant], *flags))
     print(f"{args.seeds} seeds, mean ± standard error; reduction: geometric mean of the targets' test perplexity against the base model, %, 0 for an "
@@ -101,6 +113,9 @@ def main(argv=None):
                     mean_error([summary["cost"]["total"] for summary in runs], 2)]
         rates = [f"{sum(report[key] for report in reports)}/{len(reports)}" for key in ("feasible_on_validation", "feasible")]
         print(f"| {variant} | {' | '.join(rates + columns)} |")
+    probed = [folder / f"{name(variant)}-{seed}" for variant in args.variants if variant.startswith("DynaMiCS") for seed in range(args.seeds)]
+    for role, labels in (("targets", TARGETS), ("constraints", CONSTRAINTS)) if probed else ():
+        print(f"\nlinear model, {role}: {linear_model(probed, labels)}")
 
 
 if __name__ == "__main__":
