@@ -431,7 +431,8 @@ def plot_loss(path, records):
     lines = [("train/loss", "train")] + [(key, key[len("eval/"):-len("/nll")]) for key in keys]
     for (key, label), color in zip(lines, ["black", *colors(len(keys))]):
         points = [(record["step"], record[key]) for record in records if key in record]
-        axis.plot(*zip(*points), label=label, linewidth=1.2, color=color, marker=None if key == "train/loss" else "o", markersize=3)
+        axis.plot(*zip(*points), label=label, linewidth=1.2, color=color, markersize=4,
+                  **({} if key == "train/loss" else {"marker": "o", "linestyle": ":"}))
     axis.set(xlabel="optimizer step", ylabel="loss per token (nats)", title="Loss")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
     common.save_figure(figure, path)
