@@ -249,9 +249,10 @@ def choice_error(log_likelihoods, sizes, answers):
 
 
 def measure(model, domains, args):
-    """L_i of every domain on its validation rows, all in one pass over the examples sorted by length -> (len(domains),)."""
+    """L_i of every domain on its validation rows, all in one pass over the examples sorted by length -> (len(domains),). In fp32
+    whatever --dtype is: bf16 would round away much of what a few probing steps change."""
     examples = [example for domain in domains for example in domain.validation]
-    nll, tokens, _ = common.score(model, examples, 2 * args.micro_batch_size, next(model.parameters()).device, args.dtype)
+    nll, tokens, _ = common.score(model, examples, 2 * args.micro_batch_size, next(model.parameters()).device, "fp32")
     if not np.isfinite(nll).all():
         raise UserError("a validation loss is not finite: training diverged; lower --lr")
     losses, at = [], 0

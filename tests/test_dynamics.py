@@ -1,6 +1,5 @@
 """DynaMiCS: slopes and the mixture by hand and against linprog, probes that leave no trace, the choice of the checkpoint, the command."""
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,19 +112,16 @@ def random_problem(rng, feasible):
 
 def test_oracle_linear_programme():
     """On 200 feasible problems: really feasible, and within 5 % of the objective's spread of linprog's optimum."""
-    rng, longest = np.random.default_rng(0), 0.0
+    rng = np.random.default_rng(0)
     for _ in range(200):
         losses, slopes, reference, targets, constraints, horizon = random_problem(rng, True)
-        started = time.process_time()
         weights, info = dynamics.solve_mixture(losses, slopes, reference, targets, constraints, horizon)
-        longest = max(longest, time.process_time() - started)
         objective = slopes[targets].sum(0)
         exact = linprog(objective, A_ub=horizon * slopes[constraints], b_ub=reference[constraints] - losses[constraints],
                         A_eq=np.ones((1, len(weights))), b_eq=[1], bounds=(0, 1))
         assert exact.status == 0 and info["feasible"] and weights.min() >= 0 and weights.sum() == pytest.approx(1, abs=1e-12)
         assert (losses + horizon * slopes @ weights - reference)[constraints].max() <= dynamics.FEASIBILITY_TOLERANCE
         assert objective @ weights <= exact.fun + 0.05 * np.ptp(objective)
-    assert longest < 1.0  # seconds of one solution
 
 
 def test_oracle_least_violation():
