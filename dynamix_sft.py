@@ -227,6 +227,8 @@ def arm_rewards(model, optimizer, arms, labels, step, lr, args):
     rewards, snapshot, rng, reuse = np.zeros(len(arms)), None, common.rng_state(), None
     if args.lookahead == "virtual":
         snapshot = common.Snapshot(model, optimizer)
+        if step == args.update_every:
+            tqdm.write(f"reward: the copy of weights and moments is kept on {snapshot.device}")
     for k, examples in enumerate(arms):
         on, measured = reward_batches(len(examples), args.reward_batch_size, args.reward_on == "fresh", common.data_rng(args.seed, "reward", step, k))
         on, measured = [examples[i] for i in on], [examples[i] for i in measured]
