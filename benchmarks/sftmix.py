@@ -51,9 +51,10 @@ def main(argv=None):
         values = np.concatenate([values, values.mean(1, keepdims=True)], 1)
         error = values.std(0, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.full(values.shape[1], np.nan)
         print(f"| {variant} | " + " | ".join(f"{m:.3f} ± {e:.3f}" for m, e in zip(values.mean(0), error)) + " |")
-    for variant in list(losses)[1:]:
-        difference = (np.array(losses[variant]) - np.array(losses["NTP"])).mean(1)
-        print(f"\n{variant} - NTP, macro average, paired by seed: {difference.mean():+.4f} ± {difference.std(ddof=1) / np.sqrt(len(difference)):.4f}")
+    pairs = [(variant, "NTP") for variant in list(losses)[1:]] + [("SFTMix", "SFTMix's batches, no Mixup")]
+    for one, other in pairs:
+        difference = (np.array(losses[one]) - np.array(losses[other])).mean(1)
+        print(f"\n{one} - {other}, macro average, paired by seed: {difference.mean():+.4f} ± {difference.std(ddof=1) / np.sqrt(len(difference)):.4f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Data, masks, batches, loss, schedules, run folder and snapshots of common.py."""
 import argparse
+import importlib
 import json
 import math
 
@@ -574,3 +575,12 @@ SHARED_FLAGS = """model data eval_data source_column template max_length show_ba
 def test_shared_flags_are_complete_and_explained():
     flags = shared_flags(common.add_shared_flags(argparse.ArgumentParser(add_help=False)))
     assert set(flags) == set(SHARED_FLAGS) and all(text for _, text in flags.values())
+
+
+@pytest.mark.parametrize("script", ["sftmix", "dynamix_sft", "dynamics"])
+def test_shared_flags_are_the_same_in_every_script(script, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--help"])
+    shown = "".join(capsys.readouterr().out.split())
+    for name, (options, text) in shared_flags(common.add_shared_flags(argparse.ArgumentParser(add_help=False))).items():
+        assert options[0] in shown and "".join(text.replace("%%", "%").split()) in shown, name
