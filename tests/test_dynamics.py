@@ -399,7 +399,8 @@ def test_run_folder(finished):
     config = json.loads((folder / "config.json").read_text())
     assert config["update_steps"] == [0, 2, 5] and config["validation_rows"] == 6 and config["flags"]["lora_rank"] == 0
     time = summary["time"]
-    assert summary["cost"]["total"] == pytest.approx(1 + (time["probe"] + time["eval"]) / time["train"], rel=1e-3)
+    rounding = 0.0005 * (2 + summary["cost"]["total"]) / time["train"]  # summary.json gives seconds to the millisecond
+    assert summary["cost"]["total"] == pytest.approx(1 + (time["probe"] + time["eval"]) / time["train"], abs=1.1 * rounding)
 
 
 def test_metrics_are_consistent(finished):
