@@ -366,7 +366,8 @@ def test_run_folder_and_golden_losses(tmp_path):
     assert [r["train/loss"] for r in log if "train/loss" in r][:3] == pytest.approx(GOLDEN, abs=2e-4)
     assert summary["steps"] == 5 and summary["examples"] == 40 and summary["updates"] == 2 and set(summary["eval"]) == {"copy", "add"}
     assert set(summary["time"]) >= {"train", "reward", "eval"}
-    assert summary["overhead"] == pytest.approx((summary["time"]["train"] + summary["time"]["reward"]) / summary["time"]["train"], abs=1e-2)
+    rounding = 0.0005 * (1 + summary["overhead"]) / summary["time"]["train"]  # summary.json gives seconds to the millisecond
+    assert summary["overhead"] == pytest.approx((summary["time"]["train"] + summary["time"]["reward"]) / summary["time"]["train"], abs=1.1 * rounding)
     last = [r for r in log if "train/loss" in r][-1]
     for prefix in ("mixture", "share", "token_share"):
         assert vector(last, prefix).sum() == pytest.approx(1)
