@@ -947,7 +947,8 @@ class MixtureSampler:
 
     def batches(self, probabilities, step, steps=1):
         """The batches of optimizer steps step .. step + steps - 1, drawn with probabilities (K,) -> list of index arrays.
-        Several at once are sorted by length before they are cut (less padding), then shuffled."""
+        Several at once are grouped by length (length_grouped: less padding). A batch of LENGTH_GROUP examples or fewer is then
+        of one length; with steps=1 every batch is drawn by itself."""
         rng = data_rng(self.seed, "mixture", step)
         arms = rng.choice(len(self.sizes), steps * self.batch_size, p=probabilities)
         order = np.empty(len(arms), dtype=np.int64)

@@ -304,7 +304,7 @@ def train(model, arms, labels, steps, steps_per_epoch, args, run, state=None, ev
             if args.sampling == "proportional":  # Full Coverage: every example exactly once an epoch
                 if step // steps_per_epoch != epoch:
                     epoch = step // steps_per_epoch
-                    # window=1: as mixed as the batches of the other samplings, which a length window would not be
+                    # window=1: each batch by itself, as mixed as those of the other samplings
                     batches = common.epoch_batches(lengths, args.batch_size, args.seed, epoch, window=1)
                 batch = batches[step % steps_per_epoch]
             else:
