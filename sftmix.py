@@ -1,441 +1,577 @@
-"""SFTMix (arXiv 2410.05248): instruction tuning with Mixup between confident and unconfident examples.
+"""SFTMix (arXiv 2410.05248): instruction tuning with Mixup of confident and unconfident examples.
 
     python sftmix.py --model meta-llama/Llama-3.1-8B --data alpaca          # the paper's recipe
-    python sftmix.py --data toy --eval_data toy --epochs 1                  # the built-in tiny model, minutes on a laptop
+    python sftmix.py --data toy --eval_data toy --epochs 1                  # tiny model, minutes
     python sftmix.py --data alpaca --mu 0 --ntp_on full                     # the NTP baseline
 
 The method, as it stands below from top to bottom (section numbers are the paper's):
-  Step 1  train a reference model with plain next-token prediction (NTP); at C points of that training take every
-          example's perplexity; confidence = - mean perplexity; split the data at the median          (§3.1, §3.3)
-  Step 2  in every batch pair confident with unconfident examples at random; mix the states that predict their n-th
-          response tokens, and the tokens, with one λ ~ Beta(α, α) a pair                              (§3.3)
-  Step 3  minimise NTP + μ · Mixup                                                                     (§3.3)
+  Step 1  train a reference model with next-token prediction (NTP); at C points of that training
+          take every example's perplexity; confidence = -mean perplexity (§3.1)
+  Step 2  split the data at the median of the confidence (§3.3)
+  Step 3  pair confident with unconfident examples in every batch; mix the states that predict their
+          n-th response tokens, and the tokens, with one λ ~ Beta(α, α) a pair; minimise
+          NTP + μ · Mixup (§3.3)
 What the paper leaves open, and what we chose: docs/sftmix.md.
 
-Shapes: B examples of a micro-batch (first half confident), R response tokens of it, V vocabulary, H hidden, N examples
-of the data, C checkpoints of the reference.
+Shapes: B examples of a micro-batch (first half confident), R response tokens of it, P mixed
+positions, V vocabulary, H hidden, N examples of the data, C checkpoints of the reference.
 """
+
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import math
-from pathlib import Path
+from argparse import Namespace
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import common
-from common import UserError
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The method: Step 1, confidence
-# ----------------------------------------------------------------------------------------------------------------------
+import data
+import plots
+from data import Example, UserError, data_rng
 
 
-def confidence(perplexity):
-    """Conf(Y_i|X_i) = - 1/C Σ_c Perp_c(Y_i|X_i): minus the mean perplexity over the reference's checkpoints (§3.1).
+# ---- Step 1: confidence --------------------------------------------------------------------------
+def confidence(perplexity) -> np.ndarray:
+    """Conf(Y_i|X_i) = -1/C Σ_c Perp_c(Y_i|X_i): minus the mean perplexity over the reference's
+    checkpoints (§3.1). (C, N) -> (N,) float64.
 
-    perplexity (C, N) -> (N,) float64. Raises ValueError where one is not finite: it would sort as the most or the least
-    confident of all.
-    """
+    Raises ValueError where one is not finite: it would sort as most or least confident of all."""
     perplexity = np.asarray(perplexity, dtype=np.float64)
     if not np.isfinite(perplexity).all():
         raise ValueError("a perplexity is not finite")
     return -perplexity.mean(axis=0)
 
 
-def partition(confidence):
+# ---- Step 2: the split ---------------------------------------------------------------------------
+def partition(confidence) -> tuple[np.ndarray, np.ndarray]:
     """Split at the median: D^c the upper half by confidence, D^u the lower half (§3.3 step 1).
 
-    (N,) -> (confident indices, unconfident indices), each sorted by falling confidence. Ties keep the data's order; with
-    an odd N the confident half has one more.
-    """
+    (N,) -> (confident indices, unconfident indices), each by falling confidence. Ties keep the
+    data's order; with an odd N the confident half has one more."""
     order = np.argsort(-np.asarray(confidence, dtype=np.float64), kind="stable")
-    return np.split(order, [(len(order) + 1) // 2])
+    half = (len(order) + 1) // 2
+    return order[:half], order[half:]
 
 
-def partition_thirds(confidence):
-    """The footnote's equal thirds: (top, middle, bottom). Top and bottom are mixed, the middle only gets NTP (our reading).
-    (N,) -> three index arrays; what 3 does not divide goes to the middle."""
+def partition_thirds(confidence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The footnote's equal thirds: (top, middle, bottom). Top and bottom are mixed, the middle only
+    gets NTP (our reading). (N,) -> index arrays; what 3 does not divide goes to the middle."""
     order = np.argsort(-np.asarray(confidence, dtype=np.float64), kind="stable")
     third = len(order) // 3
-    return np.split(order, [third, len(order) - third])
+    return order[:third], order[third : len(order) - third], order[len(order) - third :]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The method: Step 2 and 3, the loss
-# ----------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Halves:
+    """Example indices, of the data or of one batch: confident and unconfident ones, which are
+    mixed, and the rest, which are not."""
+
+    confident: np.ndarray
+    unconfident: np.ndarray
+    rest: np.ndarray
 
 
-def mixup_pairs(lengths):
-    """Which rows are interpolated: the n-th response tokens of examples i and i + B/2, n = 1..min of the two (§3.3 step 3).
+# ---- Step 3: the loss ----------------------------------------------------------------------------
+def sftmix_loss_reference(hidden, targets, lengths, lam, weight, mu):
+    """ℓ = ℓ_NTP + μ ℓ_Mixup as §3.3 writes it, one pair and one token after the other, with all
+    logits. Slow: to be read, and to test sftmix_loss. Arguments and result as there."""
 
-    lengths (B,) response tokens per example, first half confident -> rows of the confident side, rows of the unconfident
-    side, pair number i of each (all (P,)), and the rows left over.
-    """
+    def H(y, z):  # cross-entropy of y (V,) with softmax(z W), z (H,)
+        return -(y * torch.log_softmax(z @ weight.T, dim=-1)).sum()
+
+    one_hot = torch.nn.functional.one_hot(targets, len(weight)).to(hidden)  # (R, V)
+    states, labels = hidden.split(list(lengths)), one_hot.split(list(lengths))  # by example
+    ntp = sum(H(y, z) for y, z in zip(one_hot, hidden))
+    mixup, half = 0.0, len(lengths) // 2
+    for i in range(half):
+        c, u = i, i + half
+        for n in range(min(lengths[c], lengths[u])):
+            z = lam[i] * states[c][n] + (1 - lam[i]) * states[u][n]
+            y = lam[i] * labels[c][n] + (1 - lam[i]) * labels[u][n]
+            mixup = mixup + H(y, z)
+    return ntp + mu * mixup, ntp, mixup
+
+
+def mixup_rows(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows are interpolated: the n-th response tokens of examples i and i + B/2, for
+    n = 1 .. min(N^c, N^u) (§3.3 step 3).
+
+    lengths (B,) response tokens of each example, first half confident -> rows of the confident
+    side, rows of the unconfident side, pair number i of each (all (P,)), and the rows left over."""
     half = len(lengths) // 2
     starts = np.concatenate([[0], np.cumsum(lengths)])
     shorter = np.minimum(lengths[:half], lengths[half:])
     pair = np.repeat(np.arange(half), shorter)
     n = np.arange(len(pair)) - np.repeat(np.cumsum(shorter) - shorter, shorter)
     confident, unconfident = starts[pair] + n, starts[pair + half] + n
-    alone = np.setdiff1d(np.arange(starts[-1]), np.concatenate([confident, unconfident]), assume_unique=True)
+    mixed = np.concatenate([confident, unconfident])
+    alone = np.setdiff1d(np.arange(starts[-1]), mixed, assume_unique=True)
     return confident, unconfident, pair, alone
 
 
-def sftmix_loss(hidden, targets, lengths, lam, weight, mu, bias=None, *, scale=1.0, softcap=None, ntp_weight=None):
-    """ℓ = ℓ_NTP + μ ℓ_Mixup of a micro-batch, as sums over tokens (§3.3 steps 2 and 3).
+def block_loss(logits, targets, lam, head: common.Head, mu: float, ntp_weight) -> torch.Tensor:
+    """ℓ of a block of rows. logits (r, V) are overwritten with dℓ/dlogits. lam (r/2,): the first
+    half of the rows is interpolated with the second, None: NTP alone. targets (r,), ntp_weight (r,)
+    or None. -> (3,) loss, ntp, mixup summed over the rows"""
+    mixup = logits.new_zeros((), dtype=torch.float64)
+    if lam is not None:
+        half, lam = len(lam), lam.to(logits.dtype)[:, None]  # (r/2, 1)
+        mixed = torch.lerp(logits[half:], logits[:half], lam)  # Z~ W = λ Z^c W + (1-λ) Z^u W
+        y, probs = targets.view(2, half).T, torch.cat([lam, 1 - lam], 1)  # (r/2, 2): Y~
+        mixup = common.cross_entropy_(mixed, y, head, probs).sum(dtype=torch.float64)
+    ntp = common.cross_entropy_(logits, targets, head)  # mixed and logits are gradients now
+    if ntp_weight is not None:
+        factor = ntp_weight.to(logits.dtype)
+        ntp, logits = ntp * factor, logits.mul_(factor[:, None])
+    if lam is not None:
+        logits[:half].addcmul_(mixed, lam, value=mu)  # dZ~/dZ^c = λ
+        logits[half:].addcmul_(mixed, 1 - lam, value=mu)  # dZ~/dZ^u = 1 - λ
+    ntp = ntp.sum(dtype=torch.float64)
+    return torch.stack([ntp + mu * mixup, ntp, mixup])
 
-        Z~_n = λ Z^c_n + (1-λ) Z^u_n      Y~_n = λ Y^c_n + (1-λ) Y^u_n      ℓ_Mixup = Σ_pairs Σ_n H(Y~_n, σ(Z~_n W))
 
-    The head is linear: Z~ W = λ Z^c W + (1-λ) Z^u W. So the logits that NTP needs anyway are interpolated, and Mixup costs
-    no matrix product of its own; its gradient is added to that of the two rows it came from.
+def sftmix_loss(
+    hidden, targets, lengths, lam, weight, mu, bias=None,
+    *, scale=1.0, softcap=None, ntp_weight=None,
+):  # fmt: skip
+    """ℓ = ℓ_NTP + μ ℓ_Mixup of a micro-batch, as sums over tokens (§3.3 steps 2 and 3):
 
-    hidden (R, H): states that predict the response tokens, all of example 0, then of example 1, ...; the first half of the
-    examples are confident, example i pairs with i + B/2. targets (R,), lengths (B,) with B even, lam (B/2,), weight (V, H),
-    bias (V,). scale, softcap: the head's own (common.Head). ntp_weight (B,): factor on each example's NTP term (None = 1).
-    With mu = 0 nothing is mixed, lam is not used and B may be odd.
-    -> loss, ntp, mixup: float64 scalars, loss = ntp + mu * mixup; loss is differentiable (once) in hidden, weight and bias.
-    """
-    head = common.Head(weight, bias, scale, softcap)
-    lengths = np.asarray(lengths, dtype=np.int64)
+        Z~_n = λ Z^c_n + (1-λ) Z^u_n   Y~_n = λ Y^c_n + (1-λ) Y^u_n   ℓ_Mixup = Σ H(Y~_n, σ(Z~_n W))
+
+    Equals sftmix_loss_reference. The head is linear: Z~ W = λ Z^c W + (1-λ) Z^u W. So the logits
+    that NTP needs anyway are interpolated, and Mixup costs no matrix product of its own; its
+    gradient is added to that of the two rows it came from.
+
+    hidden (R, H): states that predict the response tokens, all of example 0, then of example 1 ...;
+    the first half of the examples are confident, example i pairs with i + B/2. targets (R,),
+    lengths (B,) with B even, lam (B/2,), weight (V, H), bias (V,). scale, softcap: the head's own
+    (common.Head). ntp_weight (B,): factor on each example's NTP term (None = 1). With mu = 0
+    nothing is mixed, lam is not used and B may be odd. Raises ValueError where shapes do not fit.
+    -> loss, ntp, mixup: float64 scalars, loss = ntp + mu * mixup; loss is differentiable (once) in
+    hidden, weight and bias."""
+    head, lengths = common.Head(weight, bias, scale, softcap), np.asarray(lengths, dtype=np.int64)
+    device, alone, blocks = hidden.device, np.arange(len(hidden)), []
     if lengths.sum() != len(hidden) or len(targets) != len(hidden):
-        raise ValueError(f"{len(hidden)} rows of hidden, {len(targets)} targets, lengths that add up to {lengths.sum()}")
+        rows = f"{len(hidden)} rows of hidden, {len(targets)} targets"
+        raise ValueError(f"{rows}, lengths that add up to {lengths.sum()}")
     if mu and (len(lengths) % 2 or 2 * len(lam) != len(lengths)):
-        raise ValueError(f"{len(lengths)} examples need to be pairs, with one lam each; lam has {len(lam)}")
-    device = hidden.device
-    row_weight = None if ntp_weight is None else torch.as_tensor(np.repeat(ntp_weight, lengths), device=device)
-
-    def block_loss(logits, rows, lam):
-        """logits (r, V) of NTP rows; with lam (r/2,) the first half of them is interpolated with the second."""
-        mixup = logits.new_zeros((), dtype=torch.float64)
-        if lam is not None:
-            half, lam = len(lam), lam.to(logits.dtype)[:, None]                      # (r/2, 1)
-            mixed = torch.lerp(logits[half:], logits[:half], lam)                    # Z~ W = λ Z^c W + (1-λ) Z^u W
-            y = targets[rows].view(2, half).T                                        # (r/2, 2): y^c_n, y^u_n
-            mixup = common.soft_cross_entropy_(mixed, y, torch.cat([lam, 1 - lam], 1), head).sum(dtype=torch.float64)
-        ntp = common.cross_entropy_(logits, targets[rows], head)                     # mixed and logits are gradients now
-        if row_weight is not None:
-            factor = row_weight[rows].to(logits.dtype)
-            ntp, logits = ntp * factor, logits.mul_(factor[:, None])
-        if lam is not None:
-            logits[:half].addcmul_(mixed, lam, value=mu)                             # dZ~/dZ^c = λ
-            logits[half:].addcmul_(mixed, 1 - lam, value=mu)                         # dZ~/dZ^u = 1 - λ
-        ntp = ntp.sum(dtype=torch.float64)
-        return torch.stack([ntp + mu * mixup, ntp, mixup])
-
+        raise ValueError(f"{len(lengths)} examples need to be pairs with a lam each: {len(lam)}")
     size = common.chunk_rows(len(weight), device)
-    blocks, alone = [], np.arange(len(hidden))
     if mu:
-        confident, unconfident, pair, alone = mixup_pairs(lengths)
-        lam = torch.as_tensor(lam, device=device)[torch.as_tensor(pair, device=device)]  # (P,) one λ a pair
+        confident, unconfident, pair, alone = mixup_rows(lengths)
+        lam = torch.as_tensor(lam, dtype=torch.float64, device=device)
+        lam = lam[torch.from_numpy(pair).to(device)]  # (P,) one λ a pair
         for at in range(0, len(pair), size // 2):
-            rows = np.concatenate([confident[at:at + size // 2], unconfident[at:at + size // 2]])
-            blocks.append((torch.from_numpy(rows).to(device), lam[at:at + size // 2]))
-    blocks += [(torch.from_numpy(alone[at:at + size]).to(device), None) for at in range(0, len(alone), size)]
-    totals = common.chunked_head_loss(hidden, head, blocks, block_loss)
+            part = slice(at, at + size // 2)  # the two rows of a pair stay in one block
+            blocks.append((np.concatenate([confident[part], unconfident[part]]), lam[part]))
+    blocks += [(alone[at : at + size], None) for at in range(0, len(alone), size)]
+    blocks = [(torch.from_numpy(rows).to(device), lam) for rows, lam in blocks]
+    by_row = None
+    if ntp_weight is not None:
+        by_row = torch.as_tensor(np.repeat(ntp_weight, lengths), device=device)  # (R,)
+
+    def loss(logits, rows, lam):
+        factor = None if by_row is None else by_row[rows]
+        return block_loss(logits, targets[rows], lam, head, mu, factor)
+
+    totals = common.chunked_head_loss(hidden, head, blocks, loss)
     return totals[0], totals[1].detach(), totals[2].detach()
 
 
-PAIR_GROUP = common.LENGTH_GROUP // 2  # pairs of similar length that stay together, so a group has as many examples as in NTP
+def normalisers(scored: float, positions: int, tokens: int, mu: float, rule: str):
+    """What a batch's loss is divided by, and the factor of Mixup under that divisor. "batch": both
+    sums by the response tokens of the batch (§3.3 read literally); "mean": NTP by the `scored`
+    tokens that carry it, Mixup by the mixed `positions`. -> divisor, factor"""
+    ntp, mixup = (scored, positions) if rule == "mean" else (tokens, tokens)
+    divisor = ntp or mixup
+    return divisor, mu * divisor / mixup if mixup else 0.0
 
 
-def paired_batches(confident, unconfident, rest, lengths, batch_size, seed, epoch, window=common.LENGTH_WINDOW):
-    """One epoch of batches with an equal number of confident and unconfident examples, randomly paired (§3.3 step 3).
+# ---- Step 3: the batches -------------------------------------------------------------------------
 
-    confident, unconfident, rest: example indices (rest, of the thirds, is never mixed); lengths by example index. Both
-    halves are shuffled, grouped by length inside a window of batches (common.length_grouped), and dealt evenly over the same
-    number of batches. Within a batch the pairs are random among the examples of similar length; with window=1, among all.
-    -> list of batches; a batch is a list of (confident, unconfident) index pairs, None where there is no partner. Every
-    example occurs exactly once.
-    """
-    lengths, total = np.asarray(lengths), len(confident) + len(unconfident) + len(rest)
-    steps = -(-total // batch_size)
-    parts = []
-    for name, indices in (("confident", confident), ("unconfident", unconfident), ("rest", rest)):
-        sizes = np.diff(np.linspace(0, len(indices), steps + 1).round().astype(int))
-        order = common.data_rng(seed, name, epoch).permutation(np.asarray(indices, dtype=np.int64))
-        # the same generator for all three: group k of each comes from the same place of its length order
-        parts.append(common.length_grouped(order, lengths, sizes, common.data_rng(seed, "window", epoch), window, PAIR_GROUP))
-    batches, rng = [], common.data_rng(seed, "pairs", epoch)
+PAIR_GROUP = common.LENGTH_GROUP // 2  # pairs of similar length stay together: as many examples
 
-    def shuffled(indices):
-        ranks = np.argsort(np.argsort(lengths[indices], kind="stable"))
-        return indices[np.lexsort((rng.random(len(indices)), ranks // PAIR_GROUP if window > 1 else 0 * ranks))].tolist()
 
-    for c, u, r in zip(*parts):
-        c, u = shuffled(c), shuffled(u)
-        width = max(len(c), len(u))
-        c, u = c + [None] * (width - len(c)), u + [None] * (width - len(u))
-        batches.append(list(zip(c, u)) + [(i, None) for i in r.tolist()])
+def paired_batches(
+    halves: Halves, lengths, batch_size: int, seed: int, epoch: int, window=common.LENGTH_WINDOW
+) -> list[Halves]:
+    """One epoch of batches with as many confident as unconfident examples, randomly paired (§3.3
+    step 3): confident[i] of a batch is mixed with its unconfident[i], as far as both go.
+
+    lengths by example index. The halves are shuffled, grouped by length inside a window of batches
+    (common.length_grouped) and dealt evenly over the batches. Within a batch the pairs are random
+    among examples of similar length; with window=1, among all. Every example occurs once."""
+    lengths, parts = np.asarray(lengths), {}
+    total = len(halves.confident) + len(halves.unconfident) + len(halves.rest)
+    for name, indices in vars(halves).items():
+        sizes = common.deal(len(indices), -(-total // batch_size))
+        order = data_rng(seed, name, epoch).permutation(np.asarray(indices, dtype=np.int64))
+        # the same generator for all: group k of each comes from the same place of its length order
+        rng = data_rng(seed, "window", epoch)
+        parts[name] = common.length_grouped(order, lengths, sizes, rng, window, PAIR_GROUP)
+    rng, batches = data_rng(seed, "pairs", epoch), []
+    group = PAIR_GROUP if window > 1 else total
+    for confident, unconfident, rest in zip(*parts.values()):
+        confident = shuffle_groups(confident, lengths, group, rng)
+        unconfident = shuffle_groups(unconfident, lengths, group, rng)
+        batches.append(Halves(confident, unconfident, rest))
     return batches
 
 
-def mixed_tokens(batch, examples):
-    """Interpolated positions of a paired batch: Σ_pairs min(N^c, N^u)."""
-    return sum(min(examples[c].response_tokens, examples[u].response_tokens) for c, u in batch if c is not None and u is not None)
+def shuffle_groups(indices: np.ndarray, lengths: np.ndarray, group: int, rng) -> np.ndarray:
+    """Sort by length and shuffle within every `group` neighbours."""
+    rank = np.argsort(np.argsort(lengths[indices], kind="stable"))
+    return indices[np.lexsort((rng.random(len(indices)), rank // group))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The loop, for the reference and for the target model
-# ----------------------------------------------------------------------------------------------------------------------
+def columns(batch: Halves) -> np.ndarray:
+    """(2, n) example indices: confident above its unconfident partner, -1 where there is none."""
+    pairs = max(len(batch.confident), len(batch.unconfident))
+    chosen = np.full((2, pairs + len(batch.rest)), -1)
+    chosen[0, : len(batch.confident)] = batch.confident
+    chosen[1, : len(batch.unconfident)] = batch.unconfident
+    chosen[0, pairs:] = batch.rest
+    return chosen
 
 
-def train(stage, model, examples, epoch_batches, steps, args, run, mu=0.0, ntp=(1.0, 1.0), state=None, score=None, eval_sets=None):
-    """Train model on examples for `steps` optimizer steps; stage "reference" or "train" prefixes the metrics.
+# ---- The loop, for the reference and for the target model ----------------------------------------
+@dataclass
+class Stage:
+    """One training: of the reference, or of the target model."""
 
-    epoch_batches(epoch) -> batches, each a list of groups of example indices: (i,) for NTP, (confident, unconfident) for
-    SFTMix. mu, ntp: factor of Mixup and of each half's NTP. state: where a checkpoint stopped. score: (points, function) of
-    the confidence pass, called after these steps. -> {"step", "examples", "tokens"}
-    """
-    device, head = next(model.parameters()).device, common.output_head(model)
-    optimizer = common.make_optimizer(model, args.lr, args.weight_decay)
+    name: str  # "reference" or "train": prefix of the metrics
+    examples: list[Example]
+    epoch_batches: Callable[[int], list[Halves]]  # epoch -> batches
+    steps: int
+    mu: float
+    ntp_weight: np.ndarray  # (N,) factor on each example's NTP term
+    points: tuple = ()  # steps after which every example's perplexity is taken
+
+
+def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict):
+    """Train model for stage.steps optimizer steps, from where the run's checkpoint stopped.
+    -> {"steps", "examples", "tokens"}, perplexities (C, N) after stage.points"""
+    pool, steps = stage.examples, stage.steps
+    optimizer = common.make_optimizer(model, args)
+    rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed)
-    counts, window, method = {"step": 0, "examples": 0, "tokens": 0}, np.zeros(4), {}
-    if state:
-        common.load_trainable_state(model, state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        common.set_rng_state(state["rng"])
-        counts, window, method = dict(state["counts"]), state["window"].numpy().copy(), state["method"]
-    points, score_function = score or ((), None)
-    epoch, batches = -1, []
+    lengths = np.array([len(example.ids) for example in pool] + [0])  # the last entry, [-1], is
+    responses = np.array([example.response_length for example in pool] + [0])  # nobody's
+    counts, perplexity = {"steps": 0, "examples": 0, "tokens": 0}, np.zeros((0, len(pool)))
+    window = deque(maxlen=args.log_every)  # of each step what step_values takes
+    if run.state and run.state["stage"] == stage.name:
+        common.restore(run.state, model, optimizer)
+        counts, perplexity = run.state["counts"], run.state["perplexity"].numpy()
+        window.extend(run.state["window"])
+    eval_at, save_at = common.every(args.eval_every, steps), common.every(args.save_every, steps)
+    steps_per_epoch, epoch = len(stage.epoch_batches(0)), None
+    size = max(1, args.micro_batch_size // (2 if stage.mu else 1))  # a pair is two examples
     model.train()
-    bar = tqdm(total=steps, initial=counts["step"], desc=stage, unit="step")
-    while counts["step"] < steps:
-        step = counts["step"]
-        if not batches or step // len(batches) != epoch:
-            epoch = step // len(batches) if batches else step // len(epoch_batches(0))
-            batches = epoch_batches(epoch)
-        batch = batches[step % len(batches)]
-        flat = [i for group in batch for i in group if i is not None]
-        tokens = sum(examples[i].response_tokens for i in flat)
-        with run.timer(stage):
-            # ---- Step 2: one λ ~ Beta(α, α) a pair, by the data order's generator
-            lam = common.data_rng(args.seed, "lambda", step).beta(args.alpha, args.alpha, len(batch))
-            # Both sums are divided by the response tokens of the whole batch; `mean` divides each by its own count.
-            scored = sum(examples[i].response_tokens * w for group in batch for i, w in zip(group, ntp) if i is not None)
-            positions = mixed_tokens(batch, examples) if mu else 0
-            ntp_norm, mix_norm = (scored, positions) if args.mixup_norm == "mean" else (tokens, tokens)
-            norm = ntp_norm or mix_norm
-            mu_here = mu * norm / mix_norm if mix_norm else 0.0
-            # ---- Step 3: ℓ = ℓ_NTP + μ ℓ_Mixup, summed over micro-batches
-            width = [max(len(examples[i].ids) for i in group if i is not None) for group in batch]
-            totals = torch.zeros(2, dtype=torch.float64, device=device)
-            for part in common.micro_batches(range(len(batch)), width, max(1, args.micro_batch_size // len(batch[0]))):
-                side = [[batch[k][s] for k in part] for s in range(len(batch[0]))]    # all first members, then all second
-                micro = common.collate([None if i is None else examples[i] for i in sum(side, [])], device)
-                with common.autocast(device, args.dtype):
-                    hidden = common.hidden_states(model, micro.ids)                   # (B, T, H)
-                weights = None if ntp == (1.0, 1.0) else np.repeat(ntp[:len(side)], len(part))
-                loss, ntp_sum, mixup_sum = sftmix_loss(micro.select(hidden), micro.targets, micro.lengths, lam[part], head.weight,
-                                                       mu_here, head.bias, scale=head.scale, softcap=head.softcap, ntp_weight=weights)
-                (loss / norm).backward()
-                totals += torch.stack([ntp_sum, mixup_sum])
-            lr = common.learning_rate(step, steps, args.lr, args.schedule, args.warmup_ratio)
-            grad_norm = common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
-        window += [*totals.tolist(), scored, positions]
-        counts = {"step": step + 1, "examples": counts["examples"] + len(flat), "tokens": counts["tokens"] + tokens}
-        step += 1
+    bar = tqdm(total=steps, initial=counts["steps"], desc=stage.name, unit="step")
+    for step in range(counts["steps"], steps):
+        if step // steps_per_epoch != epoch:
+            epoch = step // steps_per_epoch
+            batches = stage.epoch_batches(epoch)
+        with run.timer(stage.name):
+            chosen = columns(batches[step % steps_per_epoch])  # (2, n)
+            present, width = chosen[chosen >= 0], lengths[chosen].max(0)
+            # ---- Step 3: one λ ~ Beta(α, α) a pair, from the data order's generator
+            lam = data_rng(args.seed, "lambda", step).beta(args.alpha, args.alpha, len(width))
+            # ---- Step 3: ℓ = ℓ_NTP + μ ℓ_Mixup over the batch, summed over micro-batches
+            tokens = int(responses[present].sum())
+            scored = float((stage.ntp_weight[present] * responses[present]).sum())
+            positions = int(responses[chosen].min(0).sum())  # that are mixed
+            divisor, mu = normalisers(scored, positions, tokens, stage.mu, args.mixup_norm)
+            sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+            for part in common.micro_batches(range(len(width)), width, size):
+                members = chosen[:, part].ravel()  # all first members, then all second
+                micro = common.collate([pool[i] if i >= 0 else None for i in members], model.device)
+                states, head = common.response_states(model, micro, args.dtype)  # (R, H)
+                weight = stage.ntp_weight[members]
+                own = {"bias": head.bias, "scale": head.scale, "softcap": head.softcap}
+                own["ntp_weight"] = None if weight.all() else weight
+                y, n = micro.targets, micro.response_lengths
+                losses = sftmix_loss(states, y, n, lam[part], head.weight, mu, **own)
+                (losses[0] / divisor).backward()
+                sums += torch.stack(losses).detach()
+            grad_norm = common.optimizer_step(model, optimizer, rates[step], args.max_grad_norm)
+        window.append([*sums.tolist(), divisor, scored, positions])
+        done, counts["steps"] = step + 1, step + 1
+        counts["examples"] += len(present)
+        counts["tokens"] += tokens
         bar.update(1)
-        if step % args.log_every == 0 or step in (1, steps):
-            values = {f"{stage}/ntp": window[0] / window[2]} if window[2] else {}
-            if mu:
-                values[f"{stage}/mixup"] = window[1] / max(window[3], 1)
-            values = {**values, f"{stage}/lr": lr, f"{stage}/grad_norm": grad_norm}
-            line = "  ".join(f"{key.split('/')[1]} {value:.4g}" for key, value in values.items())
-            run.log(step, {"epoch": step / len(batches), "examples": counts["examples"], "tokens": counts["tokens"], **values},
-                    f"{stage} {step}/{steps}  {line}")
-            window[:] = 0
-        if eval_sets and args.eval_every and step % args.eval_every == 0 and step < steps:
-            evaluate(model, eval_sets, step, args, run)
-        if step in points:
+        if done % args.log_every == 0 or done in (1, steps):
+            values = {**step_values(window), "lr": rates[step], "grad_norm": grad_norm}
+            seen = {key: counts[key] for key in ("examples", "tokens")}
+            others = {"epoch": done / steps_per_epoch, **seen}
+            run.log_training(stage.name, done, steps, values, others)
+        if done in eval_at:
+            common.evaluate_and_log(model, eval_sets, done, args, run)
+        if done in stage.points:  # ---- Step 1: Perp_c of every example
             with run.timer("confidence"):
-                method = score_function(model, step, method)
-        if (args.save_every and step % args.save_every == 0 and step < steps) or step in points:
-            run.save_checkpoint({"stage": stage, "counts": counts, "window": torch.from_numpy(window), "method": method,
-                                 "model": common.trainable_state(model), "optimizer": optimizer.state_dict()})
+                perplexity = np.vstack([perplexity, perplexities(model, pool, args)])
+        if done in stage.points or done in save_at:
+            state = {"stage": stage.name, "counts": counts, "window": list(window)}
+            run.save_checkpoint({**state, "perplexity": perplexity}, model, optimizer)
     bar.close()
-    return counts, method
+    return counts, perplexity
 
 
-def evaluate(model, eval_sets, step, args, run):
-    """Evaluate on --eval_data, log, and return common.evaluate's numbers."""
-    with run.timer("eval"):
-        result = common.evaluate(model, eval_sets, 2 * args.micro_batch_size, next(model.parameters()).device, args.dtype)
-    run.log(step, {f"eval/{label}/{key}": value for label, row in result.items() for key, value in row.items()})
-    return result
+def step_values(window: deque) -> dict[str, float]:
+    """Means over the last steps, each of sums of loss, NTP, Mixup and their three divisors: loss as
+    it is minimised, NTP per token that carries it, Mixup per mixed position."""
+    sums = np.sum(window, axis=0)
+    pairs = zip(("loss", "ntp", "mixup"), sums[:3], sums[3:])
+    return {name: value / divisor for name, value, divisor in pairs if divisor}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Confidence files, selection
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Step 1 of a run: the reference and its confidence file --------------------------------------
+def perplexities(model, examples: list[Example], args: Namespace) -> np.ndarray:
+    """Perp(Y|X) = exp(mean NLL of the response) of every example (§3.1) -> (N,) float64.
+    Raises UserError where one is not finite."""
+    nll, tokens, _ = common.score(model, examples, 2 * args.micro_batch_size, args.dtype, "Perp")
+    with np.errstate(over="ignore"):
+        values = np.exp(nll / tokens)
+    bad = np.sum(~np.isfinite(values))
+    if bad:
+        problem = f"the perplexity of {bad} examples is not finite: the reference model diverged"
+        raise UserError(f"{problem}; lower --lr")
+    return values
 
 
-def write_confidence(path, manifest, indices, sources, perplexity):
-    """confidence.jsonl: a manifest line (what was scored, by which model), then one line a row. perplexity (C, N)."""
-    lines = [json.dumps(manifest, ensure_ascii=False)]
-    for i, source, values, conf in zip(indices, sources, perplexity.T.tolist(), confidence(perplexity).tolist()):
-        lines.append(json.dumps({"index": int(i), "source": source, "perplexity": values, "confidence": conf}, ensure_ascii=False))
-    common.write_text(path, "\n".join(lines) + "\n")
+def ntp_batches(indices: np.ndarray, lengths: np.ndarray, args: Namespace, epoch: int):
+    """One epoch of plain batches over some examples: nothing is mixed."""
+    options = args.batch_size, args.seed, epoch, args.length_window
+    batches, nobody = common.epoch_batches(lengths[indices], *options), indices[:0]
+    return [Halves(nobody, nobody, indices[batch]) for batch in batches]
 
 
-def read_confidence(path, fingerprint, rows):
-    """-> perplexity (C, rows) with nan where a row was not scored. Raises UserError for a damaged file, or one that was
-    computed on other rows."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--confidence {path}: cannot be read ({error})") from None
+def reference_stage(examples: list[Example], args: Namespace) -> Stage:
+    """Step 1: plain NTP on all examples, and the C points at which perplexities are taken: evenly
+    spaced, the last at the end. Raises UserError where there are fewer steps than points."""
+    lengths, count = np.array([len(example.ids) for example in examples]), args.num_checkpoints
+    batches = partial(ntp_batches, np.arange(len(examples)), lengths, args)
+    steps = common.total_steps(args, len(batches(0)))
+    points = sorted({round(steps * c / count) for c in range(1, count + 1)} - {0})
+    if len(points) < count:
+        problem = f"the reference trains for only {steps} steps"
+        raise UserError(f"--num_checkpoints {count}: {problem}")
+    return Stage("reference", examples, batches, steps, 0.0, np.ones(len(examples)), points)
+
+
+def reference_perplexities(model, stage: Stage, rows: np.ndarray, source: list, args, run):
+    """Step 1: train the reference -> perplexities (C, rows of the data), nan but for `rows`, those
+    of the stage's examples. Writes confidence.jsonl and its figures."""
+    count = f"{len(rows):,} examples after steps {stage.points}"
+    print(f"step 1  reference: {stage.steps} steps of {args.batch_size}, perplexities of {count}")
+    _, perplexity = train(model, stage, args, run, {})
+    conf = confidence(perplexity)
+    manifest = {"fingerprint": run.config["data_fingerprint"], "rows": len(source)}
+    manifest |= {"num_checkpoints": len(stage.points), "steps": stage.points}
+    manifest |= {"model": args.ref_model or args.model}
+    recipe = ("epochs", "max_steps", "lr", "batch_size", "seed")
+    lines = [manifest | {flag: getattr(args, flag) for flag in recipe}]
+    for i, values, value in zip(rows.tolist(), perplexity.T.tolist(), conf.tolist()):
+        row = {"index": i, "source": source[i], "perplexity": values, "confidence": value}
+        lines.append(row)
+    common.write_jsonl(run.folder / "confidence.jsonl", lines)
+    with run.timer("figures"):
+        write_embeddings(model, stage.examples, rows, conf, args, run)
+        plots.draw(run.folder)
+    everything = np.full((len(perplexity), len(source)), np.nan)
+    everything[:, rows] = perplexity
+    return everything
+
+
+def read_confidence(path, fingerprint: str, rows: int) -> np.ndarray:
+    """-> perplexities (C, rows), nan where a row was not scored. Raises UserError for a damaged
+    file, or one that was computed on other rows."""
     perplexity = None
-    for number, line in enumerate(lines, 1):
+    for number, record in enumerate(data.read_jsonl(path, "--confidence"), 1):
         try:
-            record = json.loads(line)
-            if number == 1:
-                if record["fingerprint"] != fingerprint:
-                    raise UserError(f"--confidence {path}: was computed for other rows ({record['rows']:,} of fingerprint "
-                                    f"{record['fingerprint'][:12]}, this data: {rows:,} of {fingerprint[:12]}); give the same --data, "
-                                    "#N, --seed and --select")
+            if perplexity is None and record["fingerprint"] != fingerprint:
+                made = f"{record['rows']:,} of fingerprint {record['fingerprint'][:12]}"
+                here = f"this data: {rows:,} of {fingerprint[:12]}"
+                advice = "give the same --data, #N, --seed and --select"
+                problem = f"was computed for other rows ({made}, {here}); {advice}"
+                raise UserError(f"--confidence {path}: {problem}")
+            if perplexity is None:
                 perplexity = np.full((record["num_checkpoints"], rows), np.nan)
-                continue
-            perplexity[:, record["index"]] = record["perplexity"]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"--confidence {path}, row {number}: {type(error).__name__}: {error}; expected a line that sftmix.py wrote") from None
+            else:
+                perplexity[:, record["index"]] = record["perplexity"]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            cause = f"{type(error).__name__}: {error}; expected a line that sftmix.py wrote"
+            raise UserError(f"--confidence {path}, row {number}: {cause}") from None
     return perplexity
-
-
-def select_rows(datasets, examples, select, select_n):
-    """Keep select_n rows (T7): "longest" responses in tokens of the target's tokenizer, or the highest scores of a FILE with
-    one number, or {"score": number}, a line for every row of the data. -> indices into the rows of all datasets, in order."""
-    rows = sum(len(dataset.rows) for dataset in datasets)
-    scores = np.full(rows, -np.inf)
-    if select == "longest":
-        for index, example in examples.items():
-            scores[index] = example.response_tokens
-    else:
-        try:
-            lines = Path(select).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--select {select}: cannot be read ({error}); expected `longest` or a file of scores") from None
-        if len(lines) != rows:
-            raise UserError(f"--select {select}: has {len(lines):,} scores for {rows:,} rows with a response")
-        for i, line in enumerate(lines):
-            try:
-                record = json.loads(line)
-                scores[i] = float(record["score"] if isinstance(record, dict) else record)
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"--select {select}, row {i + 1}: {line[:60]!r} is no number and no object with \"score\"") from None
-        scores[[i for i in range(rows) if i not in examples]] = -np.inf  # no response left at max_length
-    if select_n > np.isfinite(scores).sum():
-        raise UserError(f"--select_n {select_n}: only {np.isfinite(scores).sum():,} rows can be chosen from")
-    return np.sort(np.argsort(-scores, kind="stable")[:select_n])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def plot_confidence(path, conf, source):
-    """Confidence distributions by source (Figure 3), as mean perplexity on a log axis with the median split."""
-    figure, axes = common.new_figure(width=6.4, height=3.8)
-    axis, names = axes[0, 0], list(dict.fromkeys(source))
-    mean_ppl = -conf
-    bins = np.geomspace(mean_ppl.min() * 0.999, max(mean_ppl.max(), mean_ppl.min() * 1.01) * 1.001, 50)
-    for name in names:
-        values = mean_ppl[np.array(source) == name]
-        axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), histtype="step", linewidth=1.5, label=f"{name} ({len(values):,})")
-    axis.axvline(np.median(mean_ppl), color="black", linestyle="--", linewidth=1, label="median: D$^c$ left, D$^u$ right")
-    common.log_axis(axis.xaxis)
-    axis.set(xlabel="mean perplexity over the reference's checkpoints (= −confidence)", ylabel="share of the source's rows", title="Confidence by source")
-    axis.legend(fontsize=7)
-    common.save_figure(figure, path)
-
-
-def plot_perplexity(path, perplexity, steps, halves):
-    """Perplexity over the C checkpoints: median and quartiles of the confident and the unconfident half."""
-    figure, axes = common.new_figure(width=5.6)
-    axis = axes[0, 0]
-    for name, indices in halves.items():
-        low, middle, high = np.quantile(perplexity[:, indices], [0.25, 0.5, 0.75], axis=1)
-        axis.plot(steps, middle, marker="o", label=f"{name} ({len(indices):,}): median, quartiles")
-        axis.fill_between(steps, low, high, alpha=0.2)
-    common.log_axis(axis.yaxis)
-    axis.set(xlabel="optimizer step of the reference", ylabel="perplexity of a response", title="Training dynamics of the reference")
-    axis.legend(fontsize=8)
-    common.save_figure(figure, path)
-
-
-def plot_loss(path, records):
-    """NTP and Mixup loss per token over the steps, the reference's apart."""
-    figure, axes = common.new_figure(width=5.6)
-    axis = axes[0, 0]
-    for key, label in (("reference/ntp", "reference, NTP"), ("train/ntp", "NTP"), ("train/mixup", "Mixup")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        if points:
-            axis.plot(*zip(*points), label=label, linewidth=1.3)
-    axis.set(xlabel="optimizer step", ylabel="loss per token (nats)", title="Training loss")
-    axis.legend()
-    common.save_figure(figure, path)
 
 
 FIGURE_EMBEDDINGS = 2500  # most and least confident examples in Figure 1
 
 
-@torch.no_grad()
-def plot_embeddings(path, model, examples, halves, args):
-    """Figure 1: last hidden state of the final token of the most and the least confident examples, by the reference. Two
-    principal components (the paper uses t-SNE; PCA needs no further library and no seed)."""
-    device, states, training = next(model.parameters()).device, [], model.training
-    chosen = [halves["confident"][:FIGURE_EMBEDDINGS], halves["unconfident"][-FIGURE_EMBEDDINGS:]]
-    both = np.concatenate(chosen)
-    states = np.zeros((len(both), common.output_head(model).weight.shape[1]), np.float32)
-    model.eval()
-    for group in tqdm(common.micro_batches(range(len(both)), [len(examples[i].ids) for i in both], 2 * args.micro_batch_size),
-                      desc="embeddings", leave=False):
-        batch = common.collate([examples[both[k]] for k in group], device)
-        with common.autocast(device, args.dtype):
-            rows = batch.select(common.hidden_states(model, batch.ids))
-        states[group] = rows[batch.lengths.cumsum(0).to(device) - 1].float().cpu().numpy()
-    model.train(training)
+def write_embeddings(model, examples: list, rows: np.ndarray, conf: np.ndarray, args, run) -> None:
+    """embeddings.jsonl, for Figure 1: last hidden state of the final token of the most and the
+    least confident examples, by the reference. Two principal components (the paper uses t-SNE; PCA
+    needs no further library and no seed). rows (N,): the examples' rows of the data."""
+    confident, unconfident = partition(conf)
+    most, least = confident[:FIGURE_EMBEDDINGS], unconfident[-FIGURE_EMBEDDINGS:]
+    pool = [examples[i] for i in (*most, *least)]
+    states = np.zeros((len(pool), common.output_head(model).weight.shape[1]), np.float32)
+    common.score(model, pool, 2 * args.micro_batch_size, args.dtype, "embeddings", states)
     states -= states.mean(0)
-    _, variance, directions = np.linalg.svd(states, full_matrices=False)
-    points = states @ directions[:2].T
-    share = variance[:2] ** 2 / max((variance ** 2).sum(), 1e-30)
-    figure, axes = common.new_figure(width=5.2, height=4.4)
-    for name, color, xy in (("most", "tab:blue", points[:len(chosen[0])]), ("least", "tab:orange", points[len(chosen[0]):])):
-        axes[0, 0].scatter(*xy.T, s=4, alpha=0.5, color=color, label=f"{len(xy):,} {name} confident", linewidths=0)
-    axes[0, 0].set(xlabel=f"first component ({share[0]:.0%} of the variance)", ylabel=f"second component ({share[-1]:.0%})",
-                   title="Last hidden state of the reference")
-    axes[0, 0].legend(markerscale=3)
-    common.save_figure(figure, path)
+    _, spread, directions = np.linalg.svd(states, full_matrices=False)
+    share = spread[:2] ** 2 / max((spread**2).sum(), 1e-30)
+    lines, halves = [{"variance": share.tolist()}], ["confident"] * len(most)
+    halves += ["unconfident"] * len(least)
+    points = (states @ directions[:2].T).tolist()
+    for i, half, (x, y) in zip(rows[[*most, *least]].tolist(), halves, points):
+        lines.append({"index": i, "half": half, "x": x, "y": y})
+    common.write_jsonl(run.folder / "embeddings.jsonl", lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The script
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Steps 2 and 3 of a run: which rows, which halves --------------------------------------------
+def encode_rows(datasets: list, tokenizer, template: str, max_length: int) -> dict[int, Example]:
+    """{index of the row over all datasets: Example}; what a tokenizer skips is missing."""
+    starts = np.cumsum([0] + [len(dataset.rows) for dataset in datasets])
+    parts = data.encode_datasets(datasets, tokenizer, template, max_length)
+    return {int(starts[e.dataset]) + e.row: e for part in parts for e in part}
 
 
-def parse_args(argv=None):
-    parser = common.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def reference_examples(datasets: list, examples: dict, args: Namespace) -> dict[int, Example]:
+    """The rows as the reference's own tokenizer and template have them."""
+    if not args.ref_model:
+        return examples
+    ref, tokenizer = common.load_trainable(args.ref_model, args, torch.device("cpu"))
+    template = "auto" if args.template == "chat" else args.template
+    template = data.pick_template(template, tokenizer)
+    print(f"reference {args.ref_model}: template {template}")
+    longest = min(args.max_length, common.max_positions(ref))
+    return encode_rows(datasets, tokenizer, template, longest)
+
+
+def read_scores(path: str, rows: int) -> list[float]:
+    """--select FILE: a number, or {"score": number}, a line for each row. Raises UserError."""
+    scores, given = [], data.read_jsonl(path, "--select")
+    if len(given) != rows:
+        problem = f"has {len(given):,} scores for {rows:,} rows with a response"
+        raise UserError(f"--select {path}: {problem}")
+    for number, value in enumerate(given, 1):
+        try:
+            scores.append(float(value["score"] if isinstance(value, dict) else value))
+        except (ValueError, KeyError, TypeError):
+            problem = f'{str(value)[:60]!r} is no number and no object with "score"'
+            raise UserError(f"--select {path}, row {number}: {problem}") from None
+    return scores
+
+
+def select_rows(datasets: list, examples: dict[int, Example], args: Namespace):
+    """Keep --select_n rows, the longest responses in tokens or the highest scores (Table 7), in
+    their order -> datasets, examples by their new index. Raises UserError."""
+    rows = [(dataset, row) for dataset in datasets for row in dataset.rows]
+    scores = {i: example.response_length for i, example in examples.items()}
+    if args.select != "longest":
+        scores = read_scores(args.select, len(rows))
+    if args.select_n > len(examples):
+        problem = f"only {len(examples):,} rows can be chosen from"
+        raise UserError(f"--select_n {args.select_n}: {problem}")
+    kept = sorted(sorted(examples, key=lambda i: (-scores[i], i))[: args.select_n])
+    for dataset in datasets:
+        dataset.rows = [rows[i][1] for i in kept if rows[i][0] is dataset]
+    print(f"data  --select {args.select}: {len(kept):,} rows kept")
+    chosen = {new: examples[old] for new, old in enumerate(kept)}
+    return [dataset for dataset in datasets if dataset.rows], chosen
+
+
+def split(source: list[str], perplexity: np.ndarray | None, args: Namespace) -> Halves:
+    """Step 2: the examples' halves by confidence, by known quality or at random. source: label of
+    each example's dataset; perplexity (C, N), where confidence decides."""
+    nobody = np.zeros(0, np.int64)
+    if args.partition == "source":  # Table 4: known quality, highest first
+        first = np.array(source) == source[0]
+        return Halves(np.flatnonzero(first), np.flatnonzero(~first), nobody)
+    if args.partition == "random":
+        conf = data_rng(args.seed, "random").random(len(source))
+    else:
+        conf = confidence(perplexity)
+    if args.split == "thirds":
+        confident, rest, unconfident = partition_thirds(conf)
+        return Halves(confident, unconfident, rest)
+    return Halves(*partition(conf), nobody)
+
+
+def target_stage(examples: dict, source: list[str], perplexity, args: Namespace) -> Stage:
+    """Steps 2 and 3: what the target is trained on, in which batches, with which weights.
+    source: label by row; perplexity (C, rows), or None where the split does not need it."""
+    rows = sorted(examples)
+    if perplexity is not None:
+        rows = [i for i in rows if np.isfinite(perplexity[:, i]).all()]
+        perplexity = perplexity[:, rows]
+    if len(rows) < len(examples):
+        why = "have no confidence (skipped by the reference's tokenizer) and are skipped"
+        print(f"data  {len(examples) - len(rows)} examples {why}")
+    if not rows:
+        raise UserError("no example has a confidence")
+    pool, weight = [examples[i] for i in rows], np.ones(len(rows))
+    lengths, trained_on = np.array([len(example.ids) for example in pool]), np.arange(len(rows))
+    if not is_baseline(args):
+        halves = split([source[i] for i in rows], perplexity, args)
+        sizes = [f"{len(part):,} {name}" for name, part in vars(halves).items() if len(part)]
+        print(f"step 2  split by {args.partition}: {', '.join(sizes)}")
+        if args.mu and not min(len(halves.confident), len(halves.unconfident)):
+            raise UserError(f"{len(pool)} examples cannot be split into two parts to mix")
+        trained_on = getattr(halves, args.ntp_on, trained_on)  # that get NTP: one half, or all
+    if args.mu:
+        options = halves, lengths, args.batch_size, args.seed
+        batches = partial(paired_batches, *options, window=args.length_window)
+        weight[:] = 0
+        weight[trained_on] = args.ntp_on != "none"
+    else:
+        batches = partial(ntp_batches, trained_on, lengths, args)
+    steps = common.total_steps(args, len(batches(0)))
+    epochs, tokens = steps / len(batches(0)), sum(example.response_length for example in pool)
+    plan = f"{steps} steps, {args.epochs or epochs:.3g} epochs; {common.batch_arithmetic(args)}"
+    print(f"train {plan}; {tokens:,} response tokens an epoch")
+    return Stage("train", pool, batches, steps, args.mu, weight)
+
+
+# ---- The script ----------------------------------------------------------------------------------
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    parser = common.ArgumentParser(description=__doc__)
     common.add_shared_flags(parser)
-    # The paper's recipe (§4.1): Alpaca-52K 3 epochs; UltraChat-200K takes --epochs 1, MedAlpaca-263K --epochs 2.
-    parser.set_defaults(epochs=3.0, batch_size=32, lr=2e-6, weight_decay=0.1, schedule="cosine", warmup_ratio=0.1)
+    # The paper's recipe (§4.1): Alpaca-52K 3 epochs; UltraChat-200K 1, MedAlpaca-263K 2.
+    parser.set_defaults(epochs=3.0, batch_size=32, lr=2e-6, weight_decay=0.1)
+    parser.set_defaults(schedule="cosine", warmup_ratio=0.1)
+    # fmt: off
     add = parser.add_argument_group("SFTMix").add_argument
     add("--alpha", type=common.positive_float, default=0.5, help="λ ~ Beta(alpha, alpha) (§4.1)")
-    add("--mu", type=common.non_negative_float, default=0.2, help="weight of Mixup; 0 with --ntp_on full is the NTP baseline (§4.1, Table 9)")
-    add("--num_checkpoints", type=common.positive_int, default=5, metavar="C", help="points of the reference's training at which perplexities are taken (§3.1)")
-    add("--ref_model", metavar="NAME", help="reference model instead of a fresh instance of --model; may have another tokenizer (Table 3)")
-    add("--confidence", metavar="FILE", help="reuse the confidence.jsonl of another run on the same rows instead of training a reference")
-    add("--partition", choices=["confidence", "source", "random"], default="confidence", help="source: of two datasets the first takes the place of the confident half (Table 4); random: not in the paper")
-    add("--split", choices=["halves", "thirds"], default="halves", help="thirds: mix the top with the bottom third, NTP on all (footnote)")
-    add("--ntp_on", choices=["full", "confident", "unconfident", "none"], default="full", help="examples that get the NTP term (Tables 5, 6); with --mu 0 only these are trained on")
-    add("--mixup_norm", choices=["batch", "mean"], default="batch", help="batch: both sums divided by the response tokens of the batch; mean: each by its own count")
-    add("--select", metavar="longest|FILE", help="train on --select_n rows only: the longest responses, or the highest scores of FILE (Table 7)")
-    add("--select_n", type=common.positive_int, default=1000, metavar="N", help="rows that --select keeps (Table 7: 1,000)")
-    add("--length_window", type=common.positive_int, default=common.LENGTH_WINDOW, metavar="BATCHES", help="within so many batches examples (and pairs) of similar length are kept together in groups of 8: less padding; 1 = no grouping across batches, pairs random among all of a batch (not in the paper)")
+    add("--mu", type=common.non_negative_float, default=0.2,
+        help="weight of Mixup; 0 with --ntp_on full is the NTP baseline (§4.1, Table 9)")
+    add("--num_checkpoints", type=common.positive_int, default=5, metavar="C",
+        help="points of the reference's training at which perplexities are taken (§3.1)")
+    add("--ref_model", metavar="NAME",
+        help="reference model, default a fresh instance of --model; any tokenizer (Table 3)")
+    add("--confidence", metavar="FILE",
+        help="confidence.jsonl of another run on the same rows, instead of a reference")
+    add("--partition", choices=["confidence", "source", "random"], default="confidence",
+        help="source: of two datasets the first takes the place of the confident half (Table 4); "
+             "random: not in the paper")
+    add("--split", choices=["halves", "thirds"], default="halves",
+        help="thirds: mix the top with the bottom third, NTP on all (footnote)")
+    add("--ntp_on", choices=["full", "confident", "unconfident", "none"], default="full",
+        help="examples that get NTP (Tables 5, 6); with --mu 0 only these are trained on")
+    add("--mixup_norm", choices=["batch", "mean"], default="batch",
+        help="batch: both sums divided by the batch's response tokens; mean: each by its own count")
+    add("--select", metavar="longest|FILE",
+        help="train on --select_n rows: the longest responses, or the highest scores (Table 7)")
+    add("--select_n", type=common.positive_int, default=1000, help="rows that --select keeps")
+    add("--length_window", type=common.positive_int, default=common.LENGTH_WINDOW,
+        help="within so many batches examples (and pairs) of similar length stay together in "
+             "groups of 8: less padding; 1 = pairs random among all of a batch (not in the paper)")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.max_steps:
         args.epochs = None
@@ -443,181 +579,63 @@ def parse_args(argv=None):
         parser.error("--mu 0 --ntp_on none leaves no loss")
     if args.split == "thirds" and args.ntp_on != "full":
         parser.error("--split thirds goes with --ntp_on full")
-    if args.mu and args.batch_size % 2:
-        parser.error(f"--batch_size {args.batch_size}: must be even, half confident and half unconfident")
-    if args.mu and args.micro_batch_size % 2:
-        parser.error(f"--micro_batch_size {args.micro_batch_size}: must be even, a pair stays in one forward pass")
+    for flag in ("batch_size", "micro_batch_size"):
+        if args.mu and getattr(args, flag) % 2:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be even, a pair stays together")
     if args.confidence and (args.ref_model or args.partition != "confidence"):
         parser.error("--confidence takes the place of --ref_model and --partition")
     return args
 
 
-def load(name, args, device):
-    model, tokenizer = common.load_model(name, device, seed=args.seed, dtype=args.dtype, gradient_checkpointing=args.gradient_checkpointing,
-                                         lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout)
-    common.check_head(model, device)
-    return model, tokenizer
-
-
-def free():
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def is_baseline(args: Namespace) -> bool:
+    return args.mu == 0 and args.ntp_on == "full"
 
 
 @common.command_line
 def main(argv=None):
     args = parse_args(argv)
-    common.distributed_rank()
-    device = common.pick_device()
-    args.dtype = common.pick_dtype(args.dtype, device)
-    baseline = args.mu == 0 and args.ntp_on == "full"
-    uses_confidence = args.partition == "confidence" and not baseline
-
-    # ---- data and model; nothing is written before all of it has been read
-    datasets = common.load_data(args.data, args.source_column, args.seed)
+    datasets, eval_datasets = common.load_datasets(args)
     if args.partition == "source" and len(datasets) != 2:
-        raise UserError(f"--partition source needs two datasets, the first in place of the confident half; --data gives {len(datasets)}")
-    eval_rows = common.load_data(args.eval_data, seed=args.seed, split="eval")
-    model, tokenizer = load(args.model, args, device)
-    common.describe_model(model, args.model, args.dtype)
-    args.template = common.pick_template(args.template, tokenizer)
-    args.max_length = min(args.max_length or 2048, common.max_positions(model))
-    if args.lora_rank and not args.lora_alpha:
-        args.lora_alpha = 2.0 * args.lora_rank
-
-    def index_examples(datasets, tokenizer, template, max_length, quiet=False):
-        """-> {index of the row over all datasets: Example}; what a tokenizer drops is missing."""
-        starts = np.cumsum([0] + [len(dataset.rows) for dataset in datasets])
-        parts = common.encode_datasets(datasets, tokenizer, template, max_length, quiet)
-        return {int(starts[example.dataset]) + example.row: example for part in parts for example in part}
-
-    examples = index_examples(datasets, tokenizer, args.template, args.max_length)
+        raise UserError(f"--partition source needs two datasets; --data gives {len(datasets)}")
+    model, tokenizer = common.setup(args)
+    examples = encode_rows(datasets, tokenizer, args.template, args.max_length)
     if args.select:
-        keep = set(select_rows(datasets, examples, args.select, args.select_n).tolist())
-        start = 0
-        for dataset in datasets:
-            size = len(dataset.rows)
-            dataset.rows, start = [row for i, row in enumerate(dataset.rows, start) if i in keep], start + size
-        datasets = [dataset for dataset in datasets if dataset.rows]
-        print(f"data  --select {args.select}: {sum(len(dataset.rows) for dataset in datasets):,} rows kept")
-        examples = index_examples(datasets, tokenizer, args.template, args.max_length, quiet=True)
+        datasets, examples = select_rows(datasets, examples, args)
+    eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
     source = [dataset.label for dataset in datasets for _ in dataset.rows]  # by row
-    fingerprint = common.fingerprint(datasets)
-    perplexity = read_confidence(args.confidence, fingerprint, len(source)) if args.confidence else None  # (C, rows)
-    eval_sets = {dataset.label: part for dataset, part in
-                 zip(eval_rows, common.encode_datasets(eval_rows, tokenizer, args.template, args.max_length))}
-    ref_examples = examples
-    if uses_confidence and args.ref_model and perplexity is None:
-        ref, ref_tokenizer = load(args.ref_model, args, torch.device("cpu"))
-        ref_template = common.pick_template("auto" if args.template == "chat" else args.template, ref_tokenizer)
-        print(f"reference {args.ref_model}: template {ref_template}")
-        ref_examples = index_examples(datasets, ref_tokenizer, ref_template, min(args.max_length, common.max_positions(ref)))
-        del ref, ref_tokenizer
-    common.check_gradients(model, next(iter(examples.values())), device, args.dtype)
-    run = common.Run("sftmix", args, data_fingerprint=fingerprint, eval_fingerprint=common.fingerprint(eval_rows),
-                     datasets={dataset.label: len(dataset.rows) for dataset in datasets})
+    fingerprint, perplexity, reference = data.fingerprint(datasets), None, None
+    if args.confidence:
+        perplexity = read_confidence(args.confidence, fingerprint, len(source))
+    elif args.partition == "confidence" and not is_baseline(args):
+        by_row = reference_examples(datasets, examples, args)
+        reference = reference_stage([by_row[i] for i in sorted(by_row)], args)
+    common.check_gradients(model, next(iter(examples.values())), args.dtype)
+    run = common.Run("sftmix", args, **common.data_config(datasets, eval_datasets))
     if run.finished:
-        print(f"{run.folder} is finished: nothing to resume")
         return
-    state, stage = run.state, run.state["stage"] if run.state else None
     if args.show_batch:
-        common.show_examples(list(examples.values()), tokenizer)
-
-    # ---- Step 1: the reference's training dynamics
-    if stage == "train" and uses_confidence and perplexity is None:
-        perplexity = read_confidence(run.folder / "confidence.jsonl", fingerprint, len(source))  # Step 1 was over
-    if uses_confidence and perplexity is None:
+        data.show_examples(list(examples.values()), tokenizer)
+    step_1_is_over = run.state and run.state["stage"] == "train"
+    if reference and step_1_is_over:
+        perplexity = read_confidence(run.folder / "confidence.jsonl", fingerprint, len(source))
+    elif reference:
         if args.ref_model:
             del model
-            free()
-            model, _ = load(args.ref_model, args, device)
-            common.describe_model(model, args.ref_model, args.dtype)
-        rows = np.array(sorted(ref_examples))
-        pool = [ref_examples[i] for i in rows]
-        lengths = [len(example.ids) for example in pool]
-
-        def reference_batches(epoch):
-            return [[(i,) for i in batch.tolist()] for batch in
-                    common.epoch_batches(lengths, args.batch_size, args.seed, epoch, window=args.length_window)]
-
-        steps = common.total_steps(args, len(reference_batches(0)))
-        points = sorted({round(steps * c / args.num_checkpoints) for c in range(1, args.num_checkpoints + 1)} - {0})
-        if len(points) < args.num_checkpoints:
-            raise UserError(f"--num_checkpoints {args.num_checkpoints}: the reference trains for only {steps} steps")
-        print(f"step 1  reference: {steps} steps of {args.batch_size}, perplexities of {len(pool):,} examples after steps {points}")
-
-        def take_perplexities(model, step, method):
-            """Perp_c(Y|X) of every example, one more line of (c, rows)."""
-            line = np.full((1, len(source)), np.nan)
-            line[0, rows] = common.perplexities(model, pool, 2 * args.micro_batch_size, device, args.dtype, f"confidence {points.index(step) + 1}/{len(points)}")
-            before = method["perplexity"].numpy() if method else np.zeros((0, len(source)))
-            return {"perplexity": torch.from_numpy(np.concatenate([before, line]))}
-
-        counts, method = train("reference", model, pool, reference_batches, steps, args, run, state=state, score=(set(points), take_perplexities))
-        perplexity, state = method["perplexity"].numpy(), None
-        write_confidence(run.folder / "confidence.jsonl", {
-            "fingerprint": fingerprint, "rows": len(source), "num_checkpoints": len(points), "steps": points, "model": args.ref_model or args.model,
-            "epochs": args.epochs, "max_steps": args.max_steps, "lr": args.lr, "batch_size": args.batch_size, "seed": args.seed,
-        }, rows, [source[i] for i in rows], perplexity[:, rows])
-        halves = dict(zip(("confident", "unconfident"), partition(confidence(perplexity[:, rows]))))
-        with run.timer("figures"):
-            plot_confidence(run.folder / "confidence.png", confidence(perplexity[:, rows]), [source[i] for i in rows])
-            plot_perplexity(run.folder / "perplexity.png", perplexity[:, rows], points, halves)
-            plot_embeddings(run.folder / "embeddings.png", model, pool, halves, args)
+            model = common.load_trainable(args.ref_model, args)[0]
+        rows = np.array(sorted(by_row))
+        perplexity = reference_perplexities(model, reference, rows, source, args, run)
         del model
-        free()
-        model, _ = load(args.model, args, device)  # a fresh instance of the target
-
-    # ---- Step 1, continued: the split. From here on an example's index is its place in pool.
-    rows = np.array([i for i in sorted(examples) if not uses_confidence or np.isfinite(perplexity[:, i]).all()])
-    if len(rows) < len(examples):
-        print(f"data  {len(examples) - len(rows)} examples have no confidence and are left out (dropped by the reference's tokenizer)")
-    if not len(rows):
-        raise UserError("no example has a confidence")
-    pool, rest = [examples[i] for i in rows], np.array([], dtype=np.int64)
-    lengths = [len(example.ids) for example in pool]
-    if not baseline:
-        if args.partition == "source":  # Table 4: known quality, highest first
-            first = np.array([source[i] == datasets[0].label for i in rows])
-            confident, unconfident = np.flatnonzero(first), np.flatnonzero(~first)
-        else:
-            conf = confidence(perplexity[:, rows]) if uses_confidence else common.data_rng(args.seed, "random").random(len(rows))
-            if args.split == "thirds":
-                confident, rest, unconfident = partition_thirds(conf)
-            else:
-                confident, unconfident = partition(conf)
-        if args.mu and not min(len(confident), len(unconfident)):
-            raise UserError(f"{len(pool)} examples cannot be split into two parts to mix")
-        print(f"step 1  split by {args.partition}: {len(confident):,} confident, {len(unconfident):,} unconfident"
-              + (f", {len(rest):,} between" if len(rest) else ""))
-
-    # ---- Steps 2 and 3: the target model
-    if args.mu:
-        def batches(epoch):
-            return paired_batches(confident, unconfident, rest, lengths, args.batch_size, args.seed, epoch, args.length_window)
-    else:
-        chosen = np.arange(len(pool)) if baseline else {"confident": confident, "unconfident": unconfident}[args.ntp_on]
-        chosen_lengths = [lengths[i] for i in chosen]
-
-        def batches(epoch):
-            return [[(int(chosen[i]),) for i in batch] for batch in
-                    common.epoch_batches(chosen_lengths, args.batch_size, args.seed, epoch, window=args.length_window)]
-
-    steps = common.total_steps(args, len(batches(0)))
-    micro = min(args.micro_batch_size, args.batch_size)
-    print(f"train {steps} steps, {args.epochs or steps / len(batches(0)):.3g} epochs; micro-batch {micro} x accumulation "
-          f"{math.ceil(args.batch_size / micro)} x 1 rank = {args.batch_size} examples a step; {sum(e.response_tokens for e in pool):,} response tokens an epoch")
-    if eval_sets and not (stage == "train" and state):
-        common.print_evaluation(evaluate(model, eval_sets, 0, args, run))
-    ntp = {"full": (1.0, 1.0), "confident": (1.0, 0.0), "unconfident": (0.0, 1.0), "none": (0.0, 0.0)}[args.ntp_on] if args.mu else (1.0, 1.0)
-    counts, _ = train("train", model, pool, batches, steps, args, run, args.mu, ntp, state if stage == "train" else None, None, eval_sets)
-    result = evaluate(model, eval_sets, steps, args, run) if eval_sets else {}
-    if result:
-        common.print_evaluation(result)
+        model = common.load_trainable(args.model, args)[0]  # a fresh instance of the target
+    target = target_stage(examples, source, perplexity, args)
+    if not step_1_is_over:
+        common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
+    counts, _ = train(model, target, args, run, eval_sets)
+    result = common.evaluate_and_log(model, eval_sets, counts["steps"], args, run)
+    common.print_evaluation(result)
     run.save_model(model, tokenizer)
-    plot_loss(run.folder / "loss.png", run.metrics())
-    run.finish({"steps": counts["step"], "examples": counts["examples"], "tokens": counts["tokens"], "eval": result})
+    with run.timer("figures"):
+        plots.draw(run.folder)
+    run.finish({**counts, "eval": result})
 
 
 if __name__ == "__main__":

@@ -1,121 +1,193 @@
-"""DynaMiCS against every fixed mixture and gradient alignment where the constraints bite: the tables of docs/dynamics.md.
+"""DynaMiCS against fixed mixtures and gradient alignment where the constraints bite.
 
-    python benchmarks/dynamics.py --seeds 5          # runs what is missing under runs/bench-dynamics, then prints the table
+    python benchmarks/dynamics.py --seeds 5          # the tables of docs/dynamics.md
 
-A base model (the tiny one) is trained on 2,000 rows of four toy tasks, then a little on all six, so that it is weak at add and sort. Fine-tuning is
-to lower the loss on these two while copy, compare and describe keep the loss they had. Seeds change the order and the draws of the data, not the base model. Flags that
-the script does not know go to every run of dynamics.py: --lr 5e-4, --updates dense, ...
+Runs that are missing are made under runs/bench-dynamics, then the tables are printed. A base model
+(the tiny one) is trained on 2,000 rows of each of four toy tasks, then a little on all six, so that
+it is weak at add and sort. Fine-tuning is to lower the loss on these two while copy, compare and
+describe keep the loss they had. Seeds change the order and the draws of the data, not the base
+model. Flags that the script does not know go to every run of dynamics.py: --lr 5e-4, ...
 """
+
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+import shared
+from shared import mean_error
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # before this folder, whose dynamics.py is this file
-import common  # noqa: E402
-import dynamics  # noqa: E402
-import sftmix  # noqa: E402
+import common
+import data
+import dynamics
+import sftmix
 
-TARGETS, CONSTRAINTS = ["add", "sort"], ["copy", "compare", "describe"]
-ORDER = TARGETS + CONSTRAINTS + ["count"]
-BASE_ROWS, TRAIN_ROWS, EVAL_ROWS = 2000, 400, 256  # per task: of the base model's training, of fine-tuning, of evaluation
-BASE_FLAGS = ["--mu", "0", "--ntp_on", "full", "--template", "plain"]
-FIRST_STAGE, SECOND_STAGE = ["--lr", "2e-3", "--epochs", "1.5", "--batch_size", "32"], ["--lr", "5e-4", "--epochs", "1", "--batch_size", "8"]
+TARGETS = ["add", "sort"]
+CONSTRAINTS = ["copy", "compare", "describe"]
+TASKS = TARGETS + CONSTRAINTS  # fine-tuned and evaluated
+ALL_TASKS = [*TASKS, "count"]  # of the base model
+
+# Rows of each task; in this order no prompt is in two parts.
+ROWS = {"eval": 256, "train": 400, "base_data": 2000}
 SECOND_STAGE_ROWS = 100  # of each task
-FLAGS = ["--template", "plain", "--max_steps", "96", "--batch_size", "8", "--micro_batch_size", "32", "--lr", "2e-4", "--warmup_ratio", "0.1",
-         "--updates", "0,12,36,66", "--probe_steps", "8", "--eval_limit", "32"]
-MASSES = ["0", "0.2", "0.5", "0.8", "1"]
-VARIANTS = {"DynaMiCS": [], "DynaMiCS, damping 0.5": ["--damping", "0.5"], "gradient alignment": ["--mixture", "gradient"],
-            **{f"fixed, target mass {mass}": ["--mixture", "uniform", "--target_mass", mass] for mass in MASSES}}
+
+BASE = "--mu 0 --ntp_on full --template plain"
+FIRST_STAGE = "--lr 2e-3 --epochs 1.5 --batch_size 32"
+SECOND_STAGE = "--lr 5e-4 --epochs 1 --batch_size 8"
+RECIPE = (
+    "--lora_rank 0 --template plain --max_steps 96 --batch_size 8 --micro_batch_size 32 --lr 2e-4 "
+    "--warmup_ratio 0.1 --updates 0,12,36,66 --probe_steps 8 --eval_limit 32"
+)
+VARIANTS = {
+    "DynaMiCS": "",
+    "DynaMiCS, damping 0.5": "--damping 0.5",
+    "gradient alignment": "--mixture gradient",
+    "fixed, target mass 0": "--mixture uniform --target_mass 0",
+    "fixed, target mass 0.2": "--mixture uniform --target_mass 0.2",
+    "fixed, target mass 0.5": "--mixture uniform --target_mass 0.5",
+    "fixed, target mass 0.8": "--mixture uniform --target_mass 0.8",
+    "fixed, target mass 1": "--mixture uniform --target_mass 1",
+}
+
+HEADER = [
+    "",
+    "feasible on validation rows",
+    "and on test rows",
+    "reduction",
+    "reduction of final/",
+    "largest violation on test rows",
+    "cost of one run",
+]
+CAPTION = (
+    "reduction: geometric mean of the targets' test perplexity against the base model, %, 0 for an "
+    "infeasible run; reduction of final/: the same, feasible or not"
+)
 
 
-def write_data(folder):
-    """The toy tasks with more rows than `toy` has, as files: base_data/, train/ and eval/<task>.jsonl; no prompt in two of them."""
-    if (folder / "base_data" / f"{ORDER[-1]}.jsonl").exists():  # the last one written
+# ---- data and runs
+
+
+def files(folder: Path, part: str, tasks: list[str]) -> list[Path]:
+    return [folder / part / f"{task}.jsonl" for task in tasks]
+
+
+def distinct_rows(task: str, count: int) -> list[str]:
+    """Rows of a toy task, as JSON lines; toy itself has fewer. No two have the same prompt."""
+    rng = np.random.default_rng([1, ALL_TASKS.index(task)])
+    seen = {}
+    while len(seen) < count:
+        instruction, extra, response = data.toy_example(task, rng)
+        seen[instruction, extra] = response
+    rows = []
+    for (instruction, extra), response in seen.items():
+        row = {"instruction": instruction, "input": extra, "output": response}
+        rows.append(json.dumps(row))
+    return rows
+
+
+def write_data(folder: Path) -> None:
+    """eval/, train/ and base_data/<task>.jsonl."""
+    if files(folder, "base_data", ALL_TASKS)[-1].exists():  # the last one written
         return
-    for task in ORDER:
-        generate = common.TOY_TASKS[task][0]
-        rng, seen = np.random.default_rng([1, ORDER.index(task)]), {}
-        while len(seen) < BASE_ROWS + TRAIN_ROWS + EVAL_ROWS:
-            instruction, extra, response = generate(rng)
-            seen[instruction, extra] = response
-        rows = [json.dumps({"instruction": instruction, "input": extra, "output": response}) for (instruction, extra), response in seen.items()]
-        at = 0
-        for part, size in (("eval", EVAL_ROWS), ("train", TRAIN_ROWS), ("base_data", BASE_ROWS)):
+    for task in ALL_TASKS:
+        rows = distinct_rows(task, sum(ROWS.values()))
+        for part, size in ROWS.items():
             (folder / part).mkdir(parents=True, exist_ok=True)
-            common.write_text(folder / part / f"{task}.jsonl", "\n".join(rows[at:at + size]) + "\n")
-            at += size
+            own, rows = rows[:size], rows[size:]
+            common.write_text(folder / part / f"{task}.jsonl", "\n".join(own) + "\n")
 
 
-def run(script, folder, *flags):
-    """Run a script (its module) unless its folder is finished -> summary. Its output goes to <folder>.log."""
-    if not (folder / "summary.json").exists():
-        resume = ["--resume"] if (folder / "config.json").exists() else []
-        print(f"{folder} ...", file=sys.stderr, flush=True)
-        with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            script.main(["--output_dir", str(folder), *map(str, flags), *resume])
-    return json.loads((folder / "summary.json").read_text())
+def base_model(folder: Path) -> Path:
+    """Train the base model in two stages -> its folder."""
+    base = [*BASE.split(), "--eval_data", *files(folder, "eval", ALL_TASKS)]
+    known = files(folder, "base_data", ALL_TASKS[len(TARGETS) :])
+    some = [f"{file}#{SECOND_STAGE_ROWS}" for file in files(folder, "base_data", ALL_TASKS)]
+    first = ["--model", "tiny", "--data", *known, *FIRST_STAGE.split()]
+    first_folder = shared.run(sftmix, folder / "base-1", *first, *base)
+    second = ["--model", first_folder / "final", "--data", *some, *SECOND_STAGE.split()]
+    return shared.run(sftmix, folder / "base", *second, *base) / "final"
 
 
-def name(variant):
-    return variant.replace(",", "").replace(" ", "-")
+def run_folder(folder: Path, variant: str, seed: int) -> Path:
+    return folder / f"{shared.slug(variant)}-{seed}"
 
 
-def mean_error(values, digits):
-    values = np.array(values, dtype=float)
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
+def fine_tune(folder: Path, model: Path, variant: str, seed: int, flags: list[str]) -> dict:
+    """One run of a variant -> summary."""
+    sets = ["--data", *files(folder, "train", TASKS), "--eval_data", *files(folder, "eval", TASKS)]
+    domains = ["--targets", *TARGETS, "--constraints", *CONSTRAINTS]
+    own = ["--model", model, "--seed", seed, *f"{RECIPE} {VARIANTS[variant]}".split(), *flags]
+    target = run_folder(folder, variant, seed)
+    return shared.summary(shared.run(dynamics, target, *sets, *domains, *own))
 
 
-def linear_model(folders, labels):
-    """Predicted and observed changes of these domains over all intervals of some runs -> one line."""
-    records = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
-    predicted, observed = (np.array([record[f"update/{label}/{key}"] for run in records for label in labels for record in run
-                                     if f"update/{label}/{key}" in record]) for key in ("predicted", "observed"))
-    return (f"{len(predicted)} predictions, right sign {np.mean(np.sign(predicted) == np.sign(observed)):.0%}, correlation "
-            f"{np.corrcoef(predicted, observed)[0, 1]:.2f}, median size {np.median(np.abs(predicted)):.4f} predicted, {np.median(np.abs(observed)):.4f} observed")
+# ---- tables
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table_row(variant: str, summaries: list[dict]) -> list[str]:
+    reports = [summary["report"] for summary in summaries]
+    row = [variant]
+    for key in ("feasible_on_validation", "feasible"):
+        row.append(f"{sum(report[key] for report in reports)}/{len(reports)}")
+    for key in ("reduction_percent", "unconstrained_reduction_percent"):
+        row.append(mean_error([report[key] for report in reports], 1))
+    largest = []
+    for report in reports:
+        largest.append(max(domain["violation"] for domain in report["constraints"].values()))
+    costs = [summary["cost"]["total"] for summary in summaries]
+    return [*row, mean_error(largest, 4), mean_error(costs, 2)]
+
+
+def interval_changes(folders: list[Path], labels: list[str], key: str) -> np.ndarray:
+    """ "predicted" or "observed" changes of these domains' loss over all intervals of some runs."""
+    changes = []
+    for folder in folders:
+        records = shared.records(folder)
+        for label in labels:
+            name = f"update/{label}/{key}"
+            changes += [record[name] for record in records if name in record]
+    return np.array(changes)
+
+
+def linear_model(folders: list[Path], labels: list[str]) -> str:
+    """How well the changes of these domains' loss were predicted, in one line."""
+    predicted = interval_changes(folders, labels, "predicted")
+    observed = interval_changes(folders, labels, "observed")
+    right = np.mean(np.sign(predicted) == np.sign(observed))
+    correlation = np.corrcoef(predicted, observed)[0, 1]
+    sizes = [np.median(np.abs(changes)) for changes in (predicted, observed)]
+    return (
+        f"{len(predicted)} predictions, right sign {right:.0%}, correlation {correlation:.2f}, "
+        f"median size {sizes[0]:.4f} predicted, {sizes[1]:.4f} observed"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    names = list(VARIANTS)
+    parser = shared.argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", default=names, choices=names, metavar="NAME")
     parser.add_argument("--output_dir", default="runs/bench-dynamics")
     args, flags = parser.parse_known_args(argv)
-    folder, results = Path(args.output_dir), {}
+
+    folder = Path(args.output_dir)
     write_data(folder)
-    tasks = TARGETS + CONSTRAINTS
-    evaluate = ["--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in ORDER)]
-    run(sftmix, folder / "base-1", "--model", "tiny", "--data", *(folder / "base_data" / f"{task}.jsonl" for task in ORDER[2:]), *evaluate,
-        *BASE_FLAGS, *FIRST_STAGE)
-    run(sftmix, folder / "base", "--model", folder / "base-1" / "final", "--data",
-        *(f"{folder}/base_data/{task}.jsonl#{SECOND_STAGE_ROWS}" for task in ORDER), *evaluate, *BASE_FLAGS, *SECOND_STAGE)
+    model = base_model(folder)
+    results = {variant: [] for variant in args.variants}
     for seed in range(args.seeds):
         for variant in args.variants:
-            results.setdefault(variant, []).append(run(
-                dynamics, folder / f"{name(variant)}-{seed}", "--model", folder / "base" / "final", "--lora_rank", 0,
-                "--data", *(folder / "train" / f"{task}.jsonl" for task in tasks), "--eval_data", *(folder / "eval" / f"{task}.jsonl" for task in tasks),
-                "--targets", *TARGETS, "--constraints", *CONSTRAINTS, "--seed", seed, *FLAGS, *VARIANTS[variant], *flags))
-    print(f"{args.seeds} seeds, mean ± standard error; reduction: geometric mean of the targets' test perplexity against the base model, %, 0 for an "
-          "infeasible run; reduction of final/: the same, feasible or not\n")
-    print("| | feasible on validation rows | and on test rows | reduction | reduction of final/ | largest violation on test rows | cost of one run |")
-    print("|---|---|---|---|---|---|---|")
-    for variant, runs in results.items():
-        reports = [summary["report"] for summary in runs]
-        columns = [mean_error([report[key] for report in reports], 1) for key in ("reduction_percent", "unconstrained_reduction_percent")]
-        columns += [mean_error([max(row["violation"] for row in report["constraints"].values()) for report in reports], 4),
-                    mean_error([summary["cost"]["total"] for summary in runs], 2)]
-        rates = [f"{sum(report[key] for report in reports)}/{len(reports)}" for key in ("feasible_on_validation", "feasible")]
-        print(f"| {variant} | {' | '.join(rates + columns)} |")
-    probed = [folder / f"{name(variant)}-{seed}" for variant in args.variants if variant.startswith("DynaMiCS") for seed in range(args.seeds)]
-    for role, labels in (("targets", TARGETS), ("constraints", CONSTRAINTS)) if probed else ():
-        print(f"\nlinear model, {role}: {linear_model(probed, labels)}")
+            results[variant].append(fine_tune(folder, model, variant, seed, flags))
+
+    print(f"{args.seeds} seeds, mean ± standard error; {CAPTION}\n")
+    shared.print_table(HEADER, [table_row(variant, runs) for variant, runs in results.items()])
+    probed = []
+    for variant in args.variants:
+        if variant.startswith("DynaMiCS"):
+            probed += [run_folder(folder, variant, seed) for seed in range(args.seeds)]
+    if probed:
+        print(f"\nlinear model, targets: {linear_model(probed, TARGETS)}")
+        print(f"\nlinear model, constraints: {linear_model(probed, CONSTRAINTS)}")
 
 
 if __name__ == "__main__":

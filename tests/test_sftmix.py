@@ -1,4 +1,5 @@
-"""SFTMix: equations against hand-derived values and a full-logits float64 computation, batches, resume, the command."""
+"""SFTMix: equations by hand and against full logits in float64, batches, resume, the command."""
+
 import json
 import subprocess
 import sys
@@ -8,89 +9,146 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import (
+    adamw,
+    error_line,
+    killed_at,
+    leaves,
+    own_nll,
+    plain_step,
+    random_model,
+    read_json,
+    read_jsonl,
+    records,
+    same,
+    values,
+    weights,
+    windowed,
+)
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import common
+import data
 import sftmix
-from conftest import random_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ---------------------------------------------------------------------------------------------------- Step 1
+# ------------------------------------------------------------------------ Step 1
 
 
 def test_confidence_by_hand():
-    assert sftmix.confidence([[2.0, 4.0, 1.0], [4.0, 8.0, 1.5]]).tolist() == [-3.0, -6.0, -1.25]
+    perplexity = [[2.0, 4.0, 1.0], [4.0, 8.0, 1.5]]
+    assert sftmix.confidence(perplexity).tolist() == [-3.0, -6.0, -1.25]
     with pytest.raises(ValueError):
         sftmix.confidence([[1.0, float("inf")]])
 
 
 def test_partition_by_hand():
     confident, unconfident = sftmix.partition([-3.0, -6.0, -1.0, -2.0, -9.0])
-    assert confident.tolist() == [2, 3, 0] and unconfident.tolist() == [1, 4]
+    assert confident.tolist() == [2, 3, 0]
+    assert unconfident.tolist() == [1, 4]
     confident, unconfident = sftmix.partition([-1.0] * 4)  # ties keep the order of the data
-    assert confident.tolist() == [0, 1] and unconfident.tolist() == [2, 3]
-    top, middle, bottom = sftmix.partition_thirds([-5.0, -4.0, -3.0, -2.0, -1.0, -6.0, -7.0])
-    assert top.tolist() == [4, 3] and middle.tolist() == [2, 1, 0] and bottom.tolist() == [5, 6]
+    assert confident.tolist() == [0, 1]
+    assert unconfident.tolist() == [2, 3]
+    parts = sftmix.partition_thirds([-5.0, -4.0, -3.0, -2.0, -1.0, -6.0, -7.0])
+    assert [part.tolist() for part in parts] == [[4, 3], [2, 1, 0], [5, 6]]
 
 
-# ---------------------------------------------------------------------------------------------------- Steps 2 and 3
+# ------------------------------------------------------------------------ Steps 2 and 3
 
 
-def test_mixup_pairs_by_hand():
+def test_mixup_rows_by_hand():
     # examples of 2, 3 | 4, 1 response tokens start at rows 0, 2, 5, 9
-    confident, unconfident, pair, alone = sftmix.mixup_pairs(np.array([2, 3, 4, 1]))
-    assert confident.tolist() == [0, 1, 2] and unconfident.tolist() == [5, 6, 9]
-    assert pair.tolist() == [0, 0, 1] and alone.tolist() == [3, 4, 7, 8]
+    confident, unconfident, pair, alone = sftmix.mixup_rows(np.array([2, 3, 4, 1]))
+    assert confident.tolist() == [0, 1, 2]
+    assert unconfident.tolist() == [5, 6, 9]
+    assert pair.tolist() == [0, 0, 1]
+    assert alone.tolist() == [3, 4, 7, 8]
 
 
-def full_loss(hidden, targets, lengths, lam, weight, mu, bias, scale, softcap, ntp_weight):
-    """§3.3 as it is written: mixed states, mixed one-hot targets, all logits, one pair and one token after the other."""
-    def log_softmax(states):
-        logits = (states @ weight.T + (0 if bias is None else bias)) * scale
-        return torch.log_softmax(softcap * torch.tanh(logits / softcap) if softcap else logits, -1)
+def log_softmax(states, head):
+    logits = states @ head.weight.T
+    if head.bias is not None:
+        logits = logits + head.bias
+    logits = logits * head.scale
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return torch.log_softmax(logits, -1)
 
-    one_hot = torch.nn.functional.one_hot(targets, len(weight)).to(hidden)
+
+def full_loss(hidden, targets, lengths, lam, head, ntp_weight):
+    """§3.3 as it is written: mixed states, mixed one-hot targets, all logits, one pair and one
+    token after the other -> NTP, Mixup."""
+    one_hot = torch.nn.functional.one_hot(targets, len(head.weight)).to(hidden)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ntp = mixup = 0
     for i, length in enumerate(lengths):
         rows = slice(starts[i], starts[i] + length)
-        ntp = ntp - ntp_weight[i] * (one_hot[rows] * log_softmax(hidden[rows])).sum()
+        ntp = ntp - ntp_weight[i] * (one_hot[rows] * log_softmax(hidden[rows], head)).sum()
     half = len(lengths) // 2
     for i in range(half):
         for n in range(min(lengths[i], lengths[i + half])):
             c, u = starts[i] + n, starts[i + half] + n
             z = lam[i] * hidden[c] + (1 - lam[i]) * hidden[u]
             y = lam[i] * one_hot[c] + (1 - lam[i]) * one_hot[u]
-            mixup = mixup - (y * log_softmax(z)).sum()
-    return ntp + mu * mixup, ntp, mixup
+            mixup = mixup - (y * log_softmax(z, head)).sum()
+    return ntp, mixup
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.5, 2.0)])
 @pytest.mark.parametrize("ntp_weight", [None, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]])
 def test_loss_equals_full_logits_in_float64(monkeypatch, bias, scale, softcap, ntp_weight):
-    monkeypatch.setattr(common, "chunk_rows", lambda vocabulary, device: 4)  # many chunks, pairs and leftovers cut apart
+    # many chunks, pairs and leftovers cut apart
+    monkeypatch.setattr(common, "chunk_rows", lambda vocabulary, device: 4)
     rng = torch.Generator().manual_seed(0)
-    lengths = np.array([3, 7, 1, 5, 2, 0])
-    hidden = torch.randn(lengths.sum(), 6, generator=rng, dtype=torch.float64)
-    weight, b = torch.randn(11, 6, generator=rng, dtype=torch.float64), torch.randn(11, generator=rng, dtype=torch.float64)
-    targets = torch.randint(0, 11, (len(hidden),), generator=rng)
+    lengths, lam, mu = np.array([3, 7, 1, 5, 2, 0]), np.array([0.3, 0.95, 0.5]), 0.7
+    shapes = [(lengths.sum(), 6), (11, 6), (11,)] if bias else [(lengths.sum(), 6), (11, 6)]
+    tensors = [torch.randn(*shape, generator=rng, dtype=torch.float64) for shape in shapes]
+    targets = torch.randint(0, 11, (lengths.sum(),), generator=rng)
     targets[lengths[:3].sum()] = targets[0]  # a pair with the same target on both sides
-    lam, mu = np.array([0.3, 0.95, 0.5]), 0.7
-    inputs = [[t.clone().requires_grad_() for t in (hidden, weight, b)] for _ in range(2)]
-    ours = sftmix.sftmix_loss(inputs[0][0], targets, torch.from_numpy(lengths), lam, inputs[0][1], mu, inputs[0][2] if bias else None,
-                              scale=scale, softcap=softcap, ntp_weight=ntp_weight)
-    exact = full_loss(inputs[1][0], targets, lengths, lam, inputs[1][1], mu, inputs[1][2] if bias else None, scale, softcap,
-                      ntp_weight or [1.0] * 6)
+    ours, exact = leaves(tensors), leaves(tensors)
+
+    hidden, *head = ours
+    options = dict(scale=scale, softcap=softcap, ntp_weight=ntp_weight)
+    arguments = [hidden, targets, torch.from_numpy(lengths), lam, head[0], mu, *head[1:]]
+    loss, ntp, mixup = sftmix.sftmix_loss(*arguments, **options)
+    (loss / 13).backward()
+
+    hidden, *head = exact
+    head = common.Head(head[0], head[1] if bias else None, scale, softcap)
+    exact_ntp, exact_mixup = full_loss(hidden, targets, lengths, lam, head, ntp_weight or [1.0] * 6)
+    exact_loss = exact_ntp + mu * exact_mixup
+    (exact_loss / 13).backward()
+
+    assert abs(loss.item() - exact_loss.item()) < 1e-9
+    assert abs(ntp.item() - exact_ntp.item()) < 1e-9
+    assert abs(mixup.item() - exact_mixup.item()) < 1e-9
     for one, other in zip(ours, exact):
-        assert abs(one.item() - other.item()) < 1e-9
-    (ours[0] / 13).backward()
-    (exact[0] / 13).backward()
-    for one, other in zip(*inputs):
-        assert (one.grad is None) == (other.grad is None)
-        if one.grad is not None:
-            assert (one.grad - other.grad).abs().max() < 1e-9
+        assert (one.grad - other.grad).abs().max() < 1e-9
+
+
+def test_fast_loss_equals_the_papers_formula(monkeypatch):
+    """sftmix_loss interpolates logits, sftmix_loss_reference mixes states: they are equal in value
+    and gradients, and equal to the full_loss of this file."""
+    monkeypatch.setattr(common, "chunk_rows", lambda vocabulary, device: 4)
+    rng = torch.Generator().manual_seed(4)
+    lengths, lam, mu = [3, 7, 1, 5, 2, 4], [0.3, 0.95, 0.5], 0.7
+    tensors = [torch.randn(n, 6, generator=rng, dtype=torch.float64) for n in (sum(lengths), 11)]
+    targets = torch.randint(0, 11, (sum(lengths),), generator=rng)
+    ours, paper = leaves(tensors), leaves(tensors)
+    fast = sftmix.sftmix_loss(ours[0], targets, lengths, lam, ours[1], mu)
+    slow = sftmix.sftmix_loss_reference(paper[0], targets, lengths, lam, paper[1], mu)
+    fast[0].backward()
+    slow[0].backward()
+    own = full_loss(tensors[0], targets, lengths, lam, common.Head(tensors[1]), [1.0] * 6)
+    for one, other in zip(fast, slow):
+        assert one.item() == pytest.approx(other.item(), abs=1e-9)
+    assert [slow[1].item(), slow[2].item()] == pytest.approx([part.item() for part in own])
+    for one, other in zip(ours, paper):
+        assert (one.grad - other.grad).abs().max() < 1e-9
 
 
 def test_loss_passes_gradcheck():
@@ -98,7 +156,11 @@ def test_loss_passes_gradcheck():
     hidden = torch.randn(9, 4, generator=rng, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, 4, generator=rng, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 7, (9,), generator=rng)
-    assert torch.autograd.gradcheck(lambda h, w: sftmix.sftmix_loss(h, targets, [2, 3, 3, 1], [0.2, 0.6], w, 0.5, softcap=2.0)[0], (hidden, weight))
+
+    def loss(h, w):
+        return sftmix.sftmix_loss(h, targets, [2, 3, 3, 1], [0.2, 0.6], w, 0.5, softcap=2.0)[0]
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
 
 
 def test_lambda_one_is_the_confident_side_alone():
@@ -112,14 +174,15 @@ def test_lambda_one_is_the_confident_side_alone():
 
 def test_loss_rejects_lengths_that_do_not_fit():
     hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
-    with pytest.raises(ValueError):
-        sftmix.sftmix_loss(hidden, torch.zeros(4, dtype=torch.long), [2, 3], [0.5], weight, 0.2)
-    with pytest.raises(ValueError):
-        sftmix.sftmix_loss(hidden, torch.zeros(4, dtype=torch.long), [2, 1, 1], [0.5], weight, 0.2)
+    targets = torch.zeros(4, dtype=torch.long)
+    for lengths in ([2, 3], [2, 1, 1]):
+        with pytest.raises(ValueError):
+            sftmix.sftmix_loss(hidden, targets, lengths, [0.5], weight, 0.2)
 
 
 def test_bf16_is_right_row_by_row():
-    """Rows whose target has p ~ 0.9994, SFTMix's confident half: a global norm would hide that their gradient is lost."""
+    """Rows whose target has p ~ 0.9994, SFTMix's confident half: a global norm would hide that
+    their gradient is lost."""
     rng = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(64, 16, generator=rng), torch.randn(500, 16, generator=rng)
     targets = torch.randint(0, 500, (64,), generator=rng)
@@ -129,315 +192,457 @@ def test_bf16_is_right_row_by_row():
             hidden[row] = 40 * weight[target] / weight[target].norm() ** 2 * 0.6
     lam, lengths = np.array([0.4]), [32, 32]
     hidden, weight = hidden.bfloat16(), weight.bfloat16()
-    narrow = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
-    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    sftmix.sftmix_loss(narrow[0], targets, lengths, lam, narrow[1], 0.2)[0].backward()
-    full_loss(exact[0], targets, lengths, lam, exact[1], 0.2, None, 1.0, None, [1.0, 1.0])[0].backward()
+    narrow, exact = leaves([hidden, weight]), leaves([hidden.double(), weight.double()])
+    loss, _, _ = sftmix.sftmix_loss(narrow[0], targets, lengths, lam, narrow[1], 0.2)
+    loss.backward()
+    ntp, mixup = full_loss(exact[0], targets, lengths, lam, common.Head(exact[1]), [1.0, 1.0])
+    (ntp + 0.2 * mixup).backward()
     error = (narrow[0].grad.double() - exact[0].grad).norm(dim=1) / exact[0].grad.norm(dim=1)
     assert error.max() < 0.01  # bf16 storage of the gradient itself rounds by up to 0.4 %
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "qwen2", "gemma2", "cohere", "granite", "phi"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "mistral", "qwen2", "gemma2", "cohere", "granite", "phi"]
+)
 def test_loss_is_that_of_the_models_own_logits(name, tokenizer):
     model = random_model(name).eval()
-    rows = [common.Row((("user", "Say it."),), text) for text in ("one", "two words", "3", "four more words")]
-    examples, _ = common.encode(rows, tokenizer, "alpaca", 512)
-    batch, head = common.collate(examples, "cpu"), common.output_head(model)
-    hidden = batch.select(common.hidden_states(model, batch.ids))
-    loss, ntp, mixup = sftmix.sftmix_loss(hidden, batch.targets, batch.lengths, [0.5, 0.5], head.weight, 0.0, head.bias,
-                                          scale=head.scale, softcap=head.softcap)
-    own = 0.0
-    for example in examples:  # one by one, unpadded, through the whole model
-        ids = torch.from_numpy(example.ids)[None]
-        logits = model(input_ids=ids).logits[0].double()
-        own += torch.nn.functional.cross_entropy(logits[example.start - 1:-1], ids[0, example.start:], reduction="sum").item()
-    assert loss.item() == pytest.approx(own, rel=2e-5) and mixup.item() == 0.0
-    common.check_head(model, torch.device("cpu"))
+    texts = ("one", "two words", "3", "four more words")
+    rows = [data.Row((("user", "Say it."),), text) for text in texts]
+    examples, _ = data.encode(rows, tokenizer, "alpaca", 512)
+    batch = common.collate(examples, "cpu")
+    hidden, head = common.response_states(model, batch, "fp32")
+    lengths = batch.response_lengths
+    arguments = [hidden, batch.targets, lengths, [0.5, 0.5], head.weight, 0.0, head.bias]
+    loss, _, mixup = sftmix.sftmix_loss(*arguments, scale=head.scale, softcap=head.softcap)
+    own = sum(own_nll(model, example) for example in examples)
+    assert loss.item() == pytest.approx(own, rel=2e-5)
+    assert mixup.item() == 0.0
+    common.check_head(model)
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------ batches
+
+
+def pairs_of(batches):
+    """-> for each batch its pairs (confident, unconfident), None where there is no partner."""
+    result = []
+    for batch in batches:
+        columns = sftmix.columns(batch).T.tolist()
+        result.append([tuple(None if i < 0 else i for i in pair) for pair in columns])
+    return result
 
 
 @pytest.mark.parametrize("sizes", [(50, 50, 0), (26, 25, 0), (33, 33, 35), (7, 90, 0)])
 def test_paired_batches_use_every_example_once(sizes):
     total = sum(sizes)
     lengths = np.random.default_rng(0).integers(5, 200, total)
-    parts = np.split(np.random.default_rng(1).permutation(total), np.cumsum(sizes)[:-1])
-    batches = sftmix.paired_batches(*parts, lengths, 8, seed=0, epoch=0)
-    assert sorted(i for batch in batches for pair in batch for i in pair if i is not None) == list(range(total))
-    confident, unconfident = set(parts[0].tolist()), set(parts[1].tolist())
-    for batch in batches:
-        assert all(u is None or u in unconfident for _, u in batch)
-        assert all(c is None or c in confident or u is None for c, u in batch)
+    order = np.random.default_rng(1).permutation(total)
+    halves = sftmix.Halves(*np.split(order, np.cumsum(sizes)[:-1]))
+    batches = pairs_of(sftmix.paired_batches(halves, lengths, 8, seed=0, epoch=0))
+    pairs = sum(batches, [])
+    sides = sum(pairs, ())
+    assert sorted(i for i in sides if i is not None) == list(range(total))
+    confident, unconfident = set(halves.confident.tolist()), set(halves.unconfident.tolist())
+    assert all(u is None or u in unconfident for _, u in pairs)
+    assert all(c is None or c in confident or u is None for c, u in pairs)
     if sizes == (50, 50, 0):
-        assert all(None not in pair for batch in batches for pair in batch)  # half and half, all paired
-    again = sftmix.paired_batches(*parts, lengths, 8, seed=0, epoch=0)
-    other = sftmix.paired_batches(*parts, lengths, 8, seed=0, epoch=1)
-    assert again == batches and other != batches
+        assert None not in sides  # half and half, all paired
+    assert pairs_of(sftmix.paired_batches(halves, lengths, 8, seed=0, epoch=0)) == batches
+    assert pairs_of(sftmix.paired_batches(halves, lengths, 8, seed=0, epoch=1)) != batches
+
+
+def equal_halves(count):
+    """The first `count` examples are confident, as many others are not, and there is no rest."""
+    return sftmix.Halves(np.arange(count), np.arange(count, 2 * count), np.zeros(0, np.int64))
 
 
 def test_pairs_are_random_within_a_batch():
-    lengths = np.full(64, 10)
-    epochs = [sftmix.paired_batches(np.arange(32), np.arange(32, 64), [], lengths, 8, 0, epoch) for epoch in range(3)]
-    assert len({frozenset(pair for batch in batches for pair in batch) for batches in epochs}) == 3
+    halves, lengths = equal_halves(32), np.full(64, 10)
+    epochs = set()
+    for epoch in range(3):
+        batches = pairs_of(sftmix.paired_batches(halves, lengths, 8, 0, epoch))
+        epochs.add(frozenset(sum(batches, [])))
+    assert len(epochs) == 3
 
 
 def test_pairs_are_of_similar_length_unless_nothing_is_grouped():
     lengths = np.random.default_rng(0).integers(5, 500, 640)
-    gap = lambda window: np.mean([abs(int(lengths[c]) - int(lengths[u])) for batch in sftmix.paired_batches(  # noqa: E731
-        np.arange(320), np.arange(320, 640), [], lengths, 32, 0, 0, window) for c, u in batch])
+    halves = equal_halves(320)
+
+    def gap(window):
+        batches = pairs_of(sftmix.paired_batches(halves, lengths, 32, 0, 0, window))
+        pairs = lengths[np.array(sum(batches, []))]
+        return np.abs(pairs[:, 0] - pairs[:, 1]).mean()
+
     assert gap(16) < 50 < 130 < gap(1)  # two independent lengths are 165 apart on average
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------ the command
 
-GOLDEN = {"reference": [5.58239, 5.38757, 5.12653], "ntp": [5.61184, 4.91892, 5.54314], "mixup": [5.60933, 4.96423, 5.62372]}
+GOLDEN = {
+    "reference/ntp": [5.58239, 5.38757, 5.12653],
+    "train/ntp": [5.61184, 4.91892, 5.54314],
+    "train/mixup": [5.60933, 4.96423, 5.62372],
+}
 QUICK = ["--model", "tiny", "--template", "plain", "--lr", "1e-3", "--batch_size", "8"]
+TOY = ["--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10", "--log_every", "1"]
 
 
 def run(folder, *flags):
     sftmix.main([*QUICK, "--output_dir", str(folder), *flags])
-    return json.loads((Path(folder) / "summary.json").read_text())
-
-
-def records(folder):
-    """metrics.jsonl without the timers."""
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("time/")} for line in lines]
-
-
-def weights(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / "final").state_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    return read_json(folder / "summary.json")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sftmix") / "run"
-    return folder, run(folder, "--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10", "--log_every", "1")
+    return folder, run(folder, *TOY)
 
 
 def test_run_folder(finished):
     folder, summary = finished
-    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "summary.json", "confidence.jsonl", "confidence.png",
-                                                         "perplexity.png", "embeddings.png", "loss.png", "checkpoint", "final"}
-    assert summary["steps"] == 10 and summary["eval"]["copy"]["nll"] < 5.6 and summary["time"]["confidence"] > 0
-    manifest, *rows = [json.loads(line) for line in (folder / "confidence.jsonl").read_text().splitlines()]
-    assert manifest["num_checkpoints"] == 5 and manifest["steps"] == [2, 4, 6, 8, 10]
-    assert [row["index"] for row in rows] == list(range(80)) and {row["source"] for row in rows} >= {"copy", "describe"}
-    assert all(row["confidence"] == pytest.approx(-np.mean(row["perplexity"])) for row in rows)
-    log = records(folder)
-    assert [r["step"] for r in log if "reference/ntp" in r] == list(range(1, 11))
-    assert all(np.isfinite(r["train/ntp"] + r["train/mixup"]) for r in log if "train/ntp" in r)
+    files = {"config.json", "metrics.jsonl", "summary.json", "confidence.jsonl"}
+    files.add("embeddings.jsonl")
+    figures = {"confidence.png", "perplexity.png", "embeddings.png", "loss.png"}
+    assert {path.name for path in folder.iterdir()} == files | figures | {"checkpoint", "final"}
+    assert summary["steps"] == 10
+    assert summary["eval"]["copy"]["nll"] < 5.6
+    assert summary["time"]["confidence"] > 0
+    manifest, *rows = read_jsonl(folder / "confidence.jsonl")
+    assert manifest["num_checkpoints"] == 5
+    assert manifest["steps"] == [2, 4, 6, 8, 10]
+    assert [row["index"] for row in rows] == list(range(80))
+    assert {row["source"] for row in rows} >= {"copy", "describe"}
+    for row in rows:
+        assert row["confidence"] == pytest.approx(-np.mean(row["perplexity"]))
+    reference = [record["step"] for record in records(folder) if "reference/ntp" in record]
+    assert reference == list(range(1, 11))
+    assert len(values(folder, "train/ntp")) == len(values(folder, "train/mixup")) == 10
+    assert np.isfinite(values(folder, "train/ntp")).all()
+    assert np.isfinite(values(folder, "train/mixup")).all()
 
 
 def test_golden_first_losses(finished):
-    """Recorded from this implementation on CPU: a change of data order, masks, initialisation or loss shows here."""
-    log = records(finished[0])
-    assert [r["reference/ntp"] for r in log if "reference/ntp" in r][:3] == pytest.approx(GOLDEN["reference"], abs=2e-4)
-    assert [r["train/ntp"] for r in log if "train/ntp" in r][:3] == pytest.approx(GOLDEN["ntp"], abs=2e-4)
-    assert [r["train/mixup"] for r in log if "train/mixup" in r][:3] == pytest.approx(GOLDEN["mixup"], abs=2e-4)
+    """Recorded from this implementation on CPU: a change of data order, masks, initialisation or
+    loss shows here."""
+    folder, _ = finished
+    for key, losses in GOLDEN.items():
+        assert values(folder, key)[:3] == pytest.approx(losses, abs=2e-4), key
 
 
 def test_confidence_is_that_of_the_saved_data(finished, tokenizer):
-    """The last checkpoint's perplexity by another way: the model's own logits, one example at a time."""
+    """The last checkpoint's perplexity by another way: the model's own logits, one example at a
+    time."""
     folder, _ = finished
-    model = common.tiny_model(0)
-    rows = [row for dataset in common.load_data(["toy#80"]) for row in dataset.rows]
-    run_folder = folder.parent / "ntp"
-    run(run_folder, "--data", "toy#80", "--max_steps", "10", "--mu", "0")  # bit for bit the reference's training
-    model = transformers.AutoModelForCausalLM.from_pretrained(run_folder / "final").eval()
-    lines = [json.loads(line) for line in (folder / "confidence.jsonl").read_text().splitlines()[1:]]
+    ntp = folder.parent / "ntp"
+    run(ntp, "--data", "toy#80", "--max_steps", "10", "--mu", "0")  # the reference's training
+    model = transformers.AutoModelForCausalLM.from_pretrained(ntp / "final").eval()
+    rows = sum((dataset.rows for dataset in data.load_data(["toy#80"])), [])
+    _, *lines = read_jsonl(folder / "confidence.jsonl")
     for i in (0, 17, 79):
-        example = common.encode([rows[i]], tokenizer, "plain", 2048)[0][0]
-        ids = torch.from_numpy(example.ids)[None]
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[0].double()
-        nll = torch.nn.functional.cross_entropy(logits[example.start - 1:-1], ids[0, example.start:])
-        assert lines[i]["perplexity"][-1] == pytest.approx(nll.exp().item(), rel=1e-5)
+        (example,), _ = data.encode([rows[i]], tokenizer, "plain", 2048)
+        perplexity = np.exp(own_nll(model, example) / example.response_length)
+        assert lines[i]["perplexity"][-1] == pytest.approx(perplexity, rel=1e-5)
 
 
 def test_ntp_baseline_is_plain_training(tmp_path, tokenizer):
-    """--mu 0 --ntp_on full: the same weights, bit for bit, as a loop of a few lines that knows nothing of SFTMix."""
+    """--mu 0 --ntp_on full: the same weights, bit for bit, as a loop of a few lines that knows
+    nothing of SFTMix."""
     run(tmp_path / "ntp", "--data", "toy/add#40", "--max_steps", "4", "--mu", "0")
-    examples, _ = common.encode(common.load_data(["toy/add#40"])[0].rows, tokenizer, "plain", 2048)
+    (dataset,) = data.load_data(["toy/add#40"])
+    examples, _ = data.encode(dataset.rows, tokenizer, "plain", 2048)
     model = common.tiny_model(0).train()
-    optimizer, head = common.make_optimizer(model, 1e-3, 0.1), common.output_head(model)
+    optimizer = adamw(model)
     batches = common.epoch_batches([len(example.ids) for example in examples], 8, 0, 0)
     for step in range(4):
-        chosen = sorted(batches[step], key=lambda i: -len(examples[i].ids))
-        batch = common.collate([examples[i] for i in chosen], "cpu")
-        loss, _ = common.response_loss(batch.select(common.hidden_states(model, batch.ids)), batch.targets, head)
-        (loss / len(batch.targets)).backward()
-        common.optimizer_step(model, optimizer, common.learning_rate(step, 4, 1e-3, "cosine", 0.1), 1.0)
-    saved = weights(tmp_path / "ntp")
-    assert same(saved, {key: value for key, value in model.state_dict().items() if key in saved})
+        batch = [examples[i] for i in batches[step]]
+        batch.sort(key=lambda example: -len(example.ids))
+        lr = common.learning_rate(step, 4, sftmix.parse_args(QUICK))
+        plain_step(model, optimizer, batch, lr)
+    saved, own = weights(tmp_path / "ntp"), model.state_dict()
+    assert same(saved, {key: own[key] for key in saved})
 
 
-@pytest.mark.parametrize("flags", [["--mu", "0"], [], ["--mixup_norm", "mean"], ["--ntp_on", "confident"], ["--split", "thirds"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--mu", "0"], [], ["--mixup_norm", "mean"], ["--ntp_on", "confident"], ["--split", "thirds"]],
+)
 def test_micro_batching_changes_nothing(tmp_path, monkeypatch, flags):
-    """8x1, 4x2, 2x4 (a pair is never cut) and, without pairs, 1x8 give the same gradients: normalised once over the
-    optimizer batch, Mixup included."""
-    sizes = (8, 4, 2) if "--mu" not in flags else (8, 4, 1)
-    gradients = {}
+    """8x1, 4x2, 2x4 (a pair is never cut) and, without pairs, 1x8 give the same gradients:
+    normalised once over the optimizer batch, Mixup included."""
+    gradients = []
 
     def keep(model, optimizer, lr, max_grad_norm):
-        gradients[size] = [p.grad.clone() for p in model.parameters()]
-        raise common.UserError("enough")
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        raise data.UserError("enough")
 
-    run_flags = ["--data", "toy#30", "--partition", "random", "--max_steps", "1", "--max_length", "200", *flags]
+    once = ["--data", "toy#30", "--partition", "random", "--max_steps", "1", "--max_length", "200"]
     monkeypatch.setattr(common, "optimizer_step", keep)
-    for size in sizes:
+    for size in (8, 4, 1) if "--mu" in flags else (8, 4, 2):
         with pytest.raises(SystemExit):
-            run(tmp_path / str(size), *run_flags, "--micro_batch_size", str(size))
-    norm = max(g.abs().max() for g in gradients[8])
-    for size in sizes[1:]:
-        assert max((one - other).abs().max() for one, other in zip(gradients[8], gradients[size])) < 1e-6 * max(1, norm)
-
-
-class Killed(BaseException):
-    pass
+            run(tmp_path / str(size), *once, *flags, "--micro_batch_size", str(size))
+    whole, *others = gradients
+    assert len(others) == 2
+    limit = 1e-6 * max(1, max(g.abs().max() for g in whole))
+    for other in others:
+        assert max((a - b).abs().max() for a, b in zip(whole, other)) < limit
 
 
 @pytest.mark.parametrize("stage, at", [("reference", 5), ("train", 7)])
-def test_killed_and_resumed_is_bit_identical(tmp_path, monkeypatch, finished, stage, at):
-    flags = ["--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10", "--log_every", "1", "--save_every", "3"]
-    log = common.Run.log
-
-    def kill(self, step, values, line=None):
-        log(self, step, values, line)
-        if step == at and f"{stage}/ntp" in values:
-            raise Killed
-
-    monkeypatch.setattr(common.Run, "log", kill)
-    with pytest.raises(Killed):
-        run(tmp_path / "run", *flags)
-    monkeypatch.setattr(common.Run, "log", log)
+def test_killed_and_resumed_is_bit_identical(tmp_path, finished, stage, at):
+    folder, whole = tmp_path / "run", finished[0]
+    flags = [*TOY, "--save_every", "3"]
+    with killed_at(at, f"{stage}/ntp"):
+        run(folder, *flags)
     torch.rand(100)  # another place in the model's RNG
-    run(tmp_path / "run", *flags, "--resume")
-    assert same(weights(tmp_path / "run"), weights(finished[0]))
-    assert records(tmp_path / "run") == records(finished[0])
-    assert (tmp_path / "run" / "confidence.jsonl").read_bytes() == (finished[0] / "confidence.jsonl").read_bytes()
+    run(folder, *flags, "--resume")
+    assert same(weights(folder), weights(whole))
+    assert records(folder) == records(whole)
+    scores = (folder / "confidence.jsonl").read_bytes()
+    assert scores == (whole / "confidence.jsonl").read_bytes()
 
 
 def test_resume_refuses_another_run(finished, capsys):
     folder, _ = finished
     before = (folder / "summary.json").read_bytes()
-    for flags, message in ((["--seed", "1", "--resume"], "--resume: --seed"), ([], "already holds a run"),
-                           (["--resume", str(folder / "nowhere")], "no run in this folder")):
-        with pytest.raises(SystemExit) as exit:
-            run(folder, "--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10", *flags)
-        error = capsys.readouterr().err
-        assert exit.value.code == 2 and message in error and error.splitlines()[-1].startswith("error: ")
-    run(folder, "--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10", "--resume")
-    assert "nothing to resume" in capsys.readouterr().out and (folder / "summary.json").read_bytes() == before
+    flags = ["--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10"]
+    cases = [
+        (["--seed", "1", "--resume"], "--resume: --seed"),
+        ([], "already holds a run"),
+        (["--resume", str(folder / "nowhere")], "no run in this folder"),
+    ]
+    for extra, message in cases:
+        assert message in error_line(capsys, run, folder, *flags, *extra)
+    run(folder, *flags, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    assert (folder / "summary.json").read_bytes() == before
 
 
 def test_confidence_file_is_reused_and_checked(tmp_path, finished, capsys):
     folder, _ = finished
-    flags = ["--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10", "--log_every", "1"]
-    run(tmp_path / "again", *flags, "--confidence", str(folder / "confidence.jsonl"))
+    scores = folder / "confidence.jsonl"
+    run(tmp_path / "again", *TOY, "--confidence", str(scores))
     assert same(weights(tmp_path / "again"), weights(folder))  # the same split, so the same model
-    assert not any("reference/ntp" in record for record in records(tmp_path / "again"))
-    with pytest.raises(SystemExit) as exit:
-        run(tmp_path / "other", "--data", "toy#81", "--max_steps", "2", "--confidence", str(folder / "confidence.jsonl"))
-    assert exit.value.code == 2 and "computed for other rows" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
+    assert not values(tmp_path / "again", "reference/ntp")
+    other = tmp_path / "other"
+    flags = ["--data", "toy#81", "--max_steps", "2", "--confidence", str(scores)]
+    assert "computed for other rows" in error_line(capsys, run, other, *flags)
+    assert not other.exists()
     broken = tmp_path / "broken.jsonl"
-    broken.write_text((folder / "confidence.jsonl").read_text() + "{\n")
-    with pytest.raises(SystemExit):
-        run(tmp_path / "other", "--data", "toy#80", "--max_steps", "2", "--confidence", str(broken))
-    assert f"{broken}, row 82" in capsys.readouterr().err
+    broken.write_text(scores.read_text() + "{\n")
+    flags = ["--data", "toy#80", "--max_steps", "2", "--confidence", str(broken)]
+    assert f"{broken}, row 82" in error_line(capsys, run, other, *flags)
 
 
-def test_reference_with_another_tokenizer(tmp_path, model_folder):
-    """Confidences are per example: a weaker reference with its own tokenizer and fewer positions ranks the same rows."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    weak = tmp_path / "weak"
+def save_weak_model(folder):
+    """A one-layer GPT-2 with a BPE tokenizer of 400 tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.train_from_iterator([row.response + row.input for _, row in common.toy_rows()],
-                            trainers.BpeTrainer(vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(weak)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = dict(special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    texts = [row.response + row.input for row in data.toy_rows()]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, **special))
+    ends = dict(eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=400, n_positions=512, n_embd=16, n_layer=1, n_head=2)).save_pretrained(weak)
+    size = dict(vocab_size=400, n_positions=512, n_embd=16, n_layer=1, n_head=2)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**size)).save_pretrained(folder)
+
+
+def test_reference_with_another_tokenizer(tmp_path):
+    """Confidences are per example: a weaker reference with its own tokenizer and fewer positions
+    ranks the same rows."""
+    weak = tmp_path / "weak"
+    save_weak_model(weak)
     run(tmp_path / "run", "--data", "toy#40", "--ref_model", str(weak), "--max_steps", "5")
-    manifest, *rows = [json.loads(line) for line in (tmp_path / "run" / "confidence.jsonl").read_text().splitlines()]
-    assert manifest["model"] == str(weak) and len(rows) == 40
+    manifest, *rows = read_jsonl(tmp_path / "run" / "confidence.jsonl")
+    assert manifest["model"] == str(weak)
+    assert len(rows) == 40
 
 
-@pytest.mark.parametrize("flags", [
-    ["--ntp_on", "none", "--mu", "1"],
-    ["--ntp_on", "confident", "--mu", "0"],
-    ["--ntp_on", "unconfident"],
-    ["--split", "thirds"],
-    ["--lora_rank", "2", "--gradient_checkpointing"],
-    ["--select", "longest", "--select_n", "20"],
-    ["--dtype", "bf16"],
-])
-def test_variants_run(tmp_path, flags):
-    summary = run(tmp_path / "run", "--data", "toy#40", "--max_steps", "3", "--num_checkpoints", "2", *flags)
-    assert summary["steps"] == 3
+def test_logged_losses_are_means_over_the_last_steps(tmp_path):
+    """... the first steps included; without weights and Mixup the loss is NTP's."""
+    every, fourth = tmp_path / "every", tmp_path / "fourth"
+    flags = ["--data", "toy#80", "--max_steps", "10", "--mu", "0"]
+    run(every, *flags, "--log_every", "1")
+    run(fourth, *flags, "--log_every", "4")
+    assert values(fourth, "train/ntp") == pytest.approx(windowed(every, "train/ntp", 4))
+    assert len(values(fourth, "train/ntp")) == 4
+    for folder in (every, fourth):
+        assert values(folder, "train/loss") == pytest.approx(values(folder, "train/ntp"))
+
+
+VARIANT = ["--data", "toy#40", "--max_steps", "3", "--num_checkpoints", "2", "--log_every", "1"]
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory):
+    """The folder of a run with VARIANT's flags alone."""
+    folder = tmp_path_factory.mktemp("sftmix") / "run"
+    run(folder, *VARIANT)
+    return folder
+
+
+HALVES = "split by confidence: 20 confident, 20 unconfident"
+
+
+@pytest.mark.parametrize(
+    "flags, losses, examples, printed",
+    [
+        (["--ntp_on", "none", "--mu", "1"], {"mixup"}, 24, HALVES),
+        (["--ntp_on", "confident", "--mu", "0"], {"ntp"}, 20, HALVES),
+        (["--ntp_on", "unconfident"], {"ntp", "mixup"}, 24, HALVES),
+        (["--split", "thirds"], {"ntp", "mixup"}, 24, "13 confident, 13 unconfident, 14 rest"),
+        (
+            ["--select", "longest", "--select_n", "20"],
+            {"ntp", "mixup"},
+            20,
+            "10 confident, 10 unconfident",
+        ),
+    ],
+)
+def test_variants_run(tmp_path, ordinary, capsys, flags, losses, examples, printed):
+    """Which losses there are, how many examples three steps take, how they are split; and that the
+    flags lead to other weights."""
+    folder = tmp_path / "run"
+    summary = run(folder, *VARIANT, *flags)
+    assert (summary["steps"], summary["examples"]) == (3, examples)
+    assert printed in capsys.readouterr().out
+    for key in ("loss", "ntp", "mixup"):
+        logged = values(folder, f"train/{key}")
+        assert len(logged) == (3 if key in losses | {"loss"} else 0)
+        assert np.isfinite(logged).all()
+    if losses == {"ntp"}:
+        assert values(folder, "train/loss") == pytest.approx(values(folder, "train/ntp"))
+    assert not same(weights(folder), weights(ordinary))
+
+
+def test_select_longest_keeps_the_longest_responses(tmp_path):
+    flags = ["--select", "longest", "--select_n", "20", "--mu", "0"]
+    run(tmp_path / "run", *VARIANT, *flags)
+    datasets = data.load_data(["toy#40"])
+    lengths = sorted(len(row.response) for dataset in datasets for row in dataset.rows)
+    assert lengths[19] < lengths[20]  # no tie
+    for dataset in datasets:
+        dataset.rows = [row for row in dataset.rows if len(row.response) >= lengths[20]]
+    kept = [dataset for dataset in datasets if dataset.rows]
+    fingerprint = read_json(tmp_path / "run" / "config.json")["data_fingerprint"]
+    assert fingerprint == data.fingerprint(kept)
+
+
+def test_lora_trains_the_adapter_alone(tmp_path):
+    """Checkpointing changes nothing; all linear layers have an adapter, and all of them move."""
+    adapters = []
+    for name, flags in (("plain", []), ("checkpointing", ["--gradient_checkpointing"])):
+        folder = tmp_path / name
+        assert run(folder, *VARIANT, "--lora_rank", "2", *flags)["steps"] == 3
+        adapters.append(load_file(folder / "final" / "adapter_model.safetensors"))
+        files = {path.name for path in (folder / "final").iterdir()}
+        assert "adapter_config.json" in files
+        assert "model.safetensors" not in files
+    one, other = adapters
+    updated = [tensor for name, tensor in one.items() if "lora_B" in name]
+    assert len(updated) == 16  # 4 layers of 4 matrices
+    assert all(tensor.abs().max() > 0 for tensor in updated)  # B starts at 0
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+
+
+def test_bf16_is_close_to_fp32(tmp_path, ordinary):
+    folder = tmp_path / "run"
+    assert run(folder, *VARIANT, "--dtype", "bf16")["steps"] == 3
+    for key in ("reference/ntp", "train/ntp", "train/mixup"):
+        narrow, exact = values(folder, key), values(ordinary, key)
+        assert narrow == pytest.approx(exact, rel=0.01)
+        assert narrow != exact
+    assert all(tensor.dtype == torch.float32 for tensor in weights(folder).values())
 
 
 def test_partition_by_source_pairs_the_two_datasets(tmp_path, capsys):
-    run(tmp_path / "run", "--data", "toy/copy#20", "toy/add#12", "--partition", "source", "--max_steps", "3")
+    flags = ["--partition", "source", "--max_steps", "3"]
+    run(tmp_path / "run", "--data", "toy/copy#20", "toy/add#12", *flags)
     assert "split by source: 20 confident, 12 unconfident" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run(tmp_path / "other", "--data", "toy/copy#20", "--partition", "source", "--max_steps", "3")
-    assert "needs two datasets" in capsys.readouterr().err
+    error = error_line(capsys, run, tmp_path / "other", "--data", "toy/copy#20", *flags)
+    assert "needs two datasets" in error
 
 
 def test_select_by_scores(tmp_path, capsys):
     scores = tmp_path / "scores.jsonl"
     scores.write_text("".join(json.dumps({"score": i % 10}) + "\n" for i in range(40)))
-    run(tmp_path / "run", "--data", "toy/add#40", "--select", str(scores), "--select_n", "8", "--max_steps", "2", "--mu", "0")
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["datasets"] == {"add": 8}
-    kept = [row for dataset in common.load_data(["toy/add#40"]) for row in dataset.rows][9::10]
-    assert len(kept) == 4  # the rows of score 9 are certain to be among the 8
+    flags = ["--data", "toy/add#40", "--select", str(scores), "--max_steps", "2"]
+    run(tmp_path / "run", *flags, "--select_n", "8", "--mu", "0")
+    config = read_json(tmp_path / "run" / "config.json")
+    assert config["datasets"] == {"add": 8}
+    (dataset,) = data.load_data(["toy/add#40"])
+    dataset.rows = [row for i, row in enumerate(dataset.rows) if i % 10 >= 8]  # scores 8 and 9
+    assert config["data_fingerprint"] == data.fingerprint([dataset])
     scores.write_text("1\n" * 39)
-    with pytest.raises(SystemExit):
-        run(tmp_path / "other", "--data", "toy/add#40", "--select", str(scores), "--max_steps", "2")
-    assert "has 39 scores for 40 rows" in capsys.readouterr().err
+    error = error_line(capsys, run, tmp_path / "other", *flags)
+    assert "has 39 scores for 40 rows" in error
 
 
 def test_low_learning_rate_moves_the_weights(tmp_path):
-    """fp32 master weights under bf16 autocast: at the paper's lr 2e-6 bf16 weights would not move at all."""
-    sftmix.main([*QUICK, "--lr", "2e-6", "--dtype", "bf16", "--data", "toy/add#16", "--mu", "0", "--max_steps", "1", "--warmup_ratio", "0",
-                 "--output_dir", str(tmp_path / "run")])
+    """fp32 master weights under bf16 autocast: at the paper's lr 2e-6 bf16 weights would not move
+    at all."""
+    flags = ["--data", "toy/add#16", "--mu", "0", "--max_steps", "1", "--warmup_ratio", "0"]
+    run(tmp_path / "run", *flags, "--lr", "2e-6", "--dtype", "bf16")
     before, after = common.tiny_model(0).state_dict(), weights(tmp_path / "run")
-    moved = [(before[key] != after[key]).float().mean().item() for key in after if key.endswith("mlp.c_fc.weight")]
+    matrices = [key for key in after if key.endswith("mlp.c_fc.weight")]
+    moved = [(before[key] != after[key]).float().mean().item() for key in matrices]
     assert min(moved) > 0.99
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_other_architectures_train_and_reload(tmp_path, model_folder, name):
-    sftmix.main(["--model", model_folder(name), "--template", "plain", "--data", "toy#30", "--max_steps", "5", "--batch_size", "8",
-                 "--output_dir", str(tmp_path / "run")])
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    run(tmp_path / "run", "--model", model_folder(name), "--data", "toy#30", "--max_steps", "5")
+    final = tmp_path / "run" / "final"
+    model = transformers.AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
     ids = tokenizer("Repeat the word.\nbalo\n", return_tensors="pt").input_ids
-    assert ids[0, 0] == tokenizer.bos_token_id and model.config.use_cache
+    assert ids[0, 0] == tokenizer.bos_token_id
+    assert model.config.use_cache
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
 
 
-def test_bad_flags_are_one_line(tmp_path, capsys):
-    for flags in (["--mu", "0", "--ntp_on", "none"], ["--batch_size", "7"], ["--alpha", "0"], ["--data", str(tmp_path / "none.jsonl")],
-                  ["--model", str(tmp_path / "none")], ["--data", "toy/nothing"], ["--num_checkpoints", "50", "--max_steps", "3"]):
-        with pytest.raises(SystemExit) as exit:
-            sftmix.main(["--output_dir", str(tmp_path / "run"), "--data", "toy#20", *flags])
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert exit.value.code == 2 and lines[-1].startswith("error: "), flags
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mu", "0", "--ntp_on", "none"], "--mu 0 --ntp_on none leaves no loss"),
+        (["--split", "thirds", "--ntp_on", "none"], "--split thirds goes with --ntp_on full"),
+        (["--batch_size", "7"], "--batch_size 7: must be even, a pair stays together"),
+        (["--alpha", "0"], "argument --alpha: '0' is not a positive number"),
+        (["--mu", "nan"], "argument --mu: 'nan' is not a number of at least 0"),
+        (["--data", "none.jsonl"], "none.jsonl: no such file or folder"),
+        (["--model", "./none"], "--model ./none: no such folder"),
+        (["--data", "toy/nothing"], "toy/nothing: no such task; there are describe, copy"),
+        (["--confidence", "x", "--ref_model", "y"], "--confidence takes the place of --ref_model"),
+        (["--confidence", "none.jsonl"], "--confidence none.jsonl: cannot be read"),
+        (["--select", "longest", "--select_n", "21"], "--select_n 21: only 20 rows can be chosen"),
+        (
+            ["--num_checkpoints", "50", "--max_steps", "3"],
+            "--num_checkpoints 50: the reference trains for only 3 steps",
+        ),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, capsys, flags, message):
+    start = ["--output_dir", str(tmp_path / "run"), "--data", "toy#20"]
+    assert message in error_line(capsys, sftmix.main, [*start, *flags])
+    assert not (tmp_path / "run").exists()
+
+
+def shell(folder, *flags):
+    """`python sftmix.py ...` from another folder."""
+    command = [sys.executable, str(ROOT / "sftmix.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 def test_command_from_the_shell(tmp_path):
-    command = [sys.executable, str(ROOT / "sftmix.py"), "--data", "toy#24", "--max_steps", "5", "--batch_size", "4", "--output_dir", str(tmp_path / "run"),
-               "--show_batch"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    flags = ["--data", "toy#24", "--max_steps", "5", "--batch_size", "4", "--show_batch"]
+    done = shell(tmp_path, *flags, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert "⟦</s>⟧" in done.stdout and (tmp_path / "run" / "summary.json").exists()
-    bad = subprocess.run([sys.executable, str(ROOT / "sftmix.py"), "--data", "nowhere.jsonl"], capture_output=True, text=True, cwd=tmp_path)
-    assert bad.returncode == 2 and bad.stderr == "error: nowhere.jsonl: no such file or folder\n"
+    assert "⟦</s>⟧" in done.stdout
+    assert (tmp_path / "run" / "summary.json").exists()
+    bad = shell(tmp_path, "--data", "nowhere.jsonl")
+    assert bad.returncode == 2
+    assert bad.stderr == "error: nowhere.jsonl: no such file or folder\n"

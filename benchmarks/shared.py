@@ -1,0 +1,133 @@
+"""What the benchmarks share: runs that are missing, reading run folders, tables, clocks.
+
+Import it before the project's modules. It puts the repository in front of this folder on
+sys.path, because dynamics.py, dynamix_sft.py and sftmix.py are also names of files here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def argument_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose --help shows the description as it stands in the file."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=as_written)
+
+
+# ---- runs
+
+
+def slug(name: str) -> str:
+    """A name for a folder: letters, digits and dots, one hyphen in place of anything else."""
+    return re.sub("[^A-Za-z0-9.]+", "-", name).strip("-")
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def run(script: ModuleType, folder: Path, *flags: object) -> Path:
+    """Run a script unless its folder is finished; resume it if it was interrupted -> folder.
+
+    What the script prints goes to <folder>.log. A SystemExit of the script is passed on.
+    """
+    if finished(folder):
+        return folder
+    resume = ["--resume"] if (folder / "config.json").exists() else []
+    arguments = [str(flag) for flag in ["--output_dir", folder, *flags, *resume]]
+    print(f"{folder} ...", file=sys.stderr, flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a", encoding="utf-8") as log:
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                script.main(arguments)
+        except SystemExit:
+            print(f"error: {script.__name__}.py stopped, see {log.name}", file=sys.stderr)
+            raise
+    return folder
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def records(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ---- tables
+
+
+def mean_error(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Mean ± standard error (nan for one value) as text; sign "+" shows a positive mean's too."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}"
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    print(f"| {' | '.join(header)} |")
+    print("|" + "---|" * len(header))
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def eval_losses(folders: Iterable[Path]) -> np.ndarray:
+    """Held-out loss of runs, nats per response token -> (runs, tasks)."""
+    losses = []
+    for folder in folders:
+        losses.append([task["nll"] for task in summary(folder)["eval"].values()])
+    return np.array(losses)
+
+
+def print_losses(losses: dict[str, np.ndarray], tasks: Sequence[str], seeds: int) -> None:
+    """A row a variant. losses: variant -> (seeds, tasks)."""
+    title = "held-out loss (nats per response token), mean ± standard error over"
+    print(f"{title} {seeds} seeds\n")
+    rows = []
+    for variant, values in losses.items():
+        columns = [*values.T, values.mean(1)]
+        rows.append([variant, *map(mean_error, columns)])
+    print_table(["", *tasks, "macro average"], rows)
+
+
+def paired(losses: dict[str, np.ndarray], one: str, other: str, sign: str = "") -> str:
+    """The macro averages' difference between two variants with the same seeds, as text."""
+    difference = (losses[one] - losses[other]).mean(1)  # (seeds,)
+    numbers = mean_error(difference, 4, sign)
+    return f"{one} - {other}, macro average, paired by seed: {numbers}"
+
+
+# ---- clocks
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {torch.get_num_threads()} thread(s)"
+
+
+def timed(device: torch.device, function: Callable, *arguments: object) -> float:
+    """Seconds of one call, with all of its work on the device done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function(*arguments)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
