@@ -64,8 +64,7 @@ class Row:
         return f"{self.file}, row {self.number}"
 
     @property
-    def prompt(self) -> tuple | str:
-        """What may not stand on both sides of a split: the prompt, or a plain text itself."""
+    def prompt(self) -> tuple | str:  # or a plain text itself
         return (self.messages, self.input) if self.messages else self.response
 
 
@@ -106,7 +105,6 @@ ROLES = {role: role for role in ("user", "assistant", "system", "tool")}
 ROLES |= dict.fromkeys(("human", "prompter"), "user")
 ROLES |= dict.fromkeys(("gpt", "bot", "model", "chatgpt", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("function", "observation", "function_response"), "tool")
-LETTERS = "ABCDEFGHIJ"
 
 
 def _text(value) -> str:
@@ -119,16 +117,11 @@ def _text(value) -> str:
 
 
 def labelled_choices(targets: dict) -> tuple[list, list]:
-    """TruthfulQA's targets, {"choices": [..], "labels": [..]} or {answer: 0, 1, or None, which
-    `datasets` filled in for other rows} -> choices and their labels."""
+    """TruthfulQA's {"choices": .., "labels": ..} or {answer: 0, 1 or None} -> both as lists."""
     if "choices" in targets:
         return list(targets["choices"]), list(targets["labels"])
     kept = {choice: int(label) for choice, label in targets.items() if label is not None}
     return list(kept), list(kept.values())
-
-
-def _choice_index(answer) -> int:
-    return LETTERS.index(answer) if isinstance(answer, str) else int(answer)
 
 
 def _multiple_choice(record: dict) -> tuple[str, list, int] | None:
@@ -144,16 +137,16 @@ def _multiple_choice(record: dict) -> tuple[str, list, int] | None:
         return _text(get("ctx")), list(record["endings"]), int(get("label"))
     if "opa" in record and "cop" in record:  # MedMCQA
         return question, [record[f"op{letter}"] for letter in "abcd"], int(get("cop"))
-    if get("options") and get("answer_idx") is not None:  # MedQA
-        options, answer = record["options"], record["answer_idx"]
-        if not isinstance(options, dict):
-            return question, list(options), _choice_index(answer)
+    options, answer = get("options"), get("answer_idx")  # MedQA
+    if not options or answer is None:  # MMLU
+        options, answer = get("choices"), get("answer")
+    elif isinstance(options, dict):
         keys = [key for key in sorted(options) if options[key] is not None]
         return question, [options[key] for key in keys], keys.index(str(answer))
-    choices = get("choices")
-    if choices and get("answer") is not None and isinstance(choices, (list, tuple)):  # MMLU
-        return question, list(choices), _choice_index(record["answer"])
-    return None
+    if not options or answer is None or not isinstance(options, (list, tuple)):
+        return None
+    index = "ABCDEFGHIJ".index(answer) if isinstance(answer, str) else int(answer)
+    return question, list(options), index
 
 
 def _dialogue(turns: list, file: str, number: int) -> list[Row]:
@@ -216,9 +209,8 @@ def _match_schema(keys: dict, file: str, number: int) -> list[Row] | None:
 
 
 def rows_from_record(record: dict, file: str = "data", number: int = 1) -> list[Row]:
-    """One record of any accepted schema -> list of Row (several for a dialogue). Column names are
-    compared in lower case with spaces as underscores. A null response counts as empty. Raises
-    UserError naming file, row and the keys found."""
+    """One record of any schema -> its rows (several for a dialogue). Column names are compared in
+    lower case, spaces as underscores. Raises UserError naming file, row and the keys found."""
     full = {str(key).strip().lower().replace(" ", "_"): value for key, value in record.items()}
     present = {key: value for key, value in full.items() if value is not None}
     where, found = f"{file}, row {number}", f"keys {sorted(full)}"
@@ -335,8 +327,7 @@ def parse_spec(spec: str) -> tuple[str | None, str, int | None]:
 
 def read_source(source: str, limit: int | None, split: str) -> tuple[list, str, str | None]:
     """A SPEC's SOURCE -> ([(file, row number, record)], default label, column to split by or None).
-    toy: a record is a Row. limit: rows that are read of a streamed source. split: "train", or
-    "eval" for the rows kept for evaluation. Raises UserError."""
+    toy: a record is a Row. limit: rows read of a streamed source. split: "train" or "eval"."""
     if source == "toy" or source.startswith("toy/"):
         task = source[4:] or None
         records = [(row.file, row.number, row) for row in toy_rows(task, split)]
@@ -412,8 +403,7 @@ def load_spec(spec: str, source_column: str | None, seed: int, split: str) -> li
 
 
 def load_data(specs: Sequence[str], source_column=None, seed: int = 0, split: str = "train"):
-    """SPECs -> list of Dataset with distinct labels (each SPEC may give several). Raises
-    UserError."""
+    """SPECs -> list of Dataset with distinct labels (each SPEC may give several)."""
     result = []
     for spec in specs:
         result += load_spec(spec, source_column, seed, split)
@@ -496,8 +486,7 @@ HEADINGS |= {"tool": "Tool:\n", "system": "System:\n"}
 
 
 def alpaca_prompt(row: Row) -> str:
-    """Stanford Alpaca's prompt. Earlier turns are more sections; a system message replaces the
-    preamble."""
+    """Stanford Alpaca's prompt; earlier turns are more sections, a system message its preamble."""
     messages = list(row.messages)
     preamble = ALPACA_TASK + (ALPACA_INPUT if row.input else "") + ALPACA_REQUEST
     if messages and messages[0][0] == "system":
@@ -515,9 +504,8 @@ def plain_prompt(row: Row) -> str:
 
 
 def chat_parts(row: Row, tokenizer) -> tuple[str, str]:
-    """-> (prompt text, response text) by the tokenizer's own chat template; the first ends where
-    generation would begin. Raises UserError naming the row where the template renders the prompt
-    differently once the response follows."""
+    """-> (prompt, response) as text by the tokenizer's own chat template. Raises UserError where
+    the template renders the prompt differently once the response follows."""
     messages = [{"role": role, "content": content} for role, content in row.messages]
     answer = {"role": "assistant", "content": row.response}
     if row.input:
@@ -583,9 +571,8 @@ def _prompt_and_response(row: Row, tokenizer, template: str) -> tuple[str, str, 
 
 
 def _split_ids(texts: list, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """[(prompt, response, special)] -> [(prompt ids, response ids)]. The response's ids are what
-    follows the prompt's ids where the joint tokenisation keeps them, else it is tokenised apart.
-    special: special tokens written out in the texts are such tokens, and not plain text."""
+    """[(prompt, response, are special tokens in them real ones)] -> [(prompt ids, response ids)]:
+    what follows the prompt's ids in the joint tokenisation, or tokenised apart where it differs."""
     result = [None] * len(texts)
     for special in {text[2] for text in texts}:
         options = {"add_special_tokens": False, "verbose": False}
@@ -607,10 +594,9 @@ CHUNK = 1000  # rows tokenised at once
 def encode(
     rows: list[Row], tokenizer, template: str, max_length: int, dataset: int = 0, progress: str = ""
 ) -> tuple[list[Example], dict[str, int]]:
-    """Tokenise rows -> (examples, {reason: rows skipped}). Supervised are the response and exactly
-    one EOS. One BOS where the tokenizer adds one, none added to a chat template's text. Too long:
-    cut on the right (then without EOS), skipped where no response token remains. Special tokens
-    written out in data are plain text, except under a chat template. Raises UserError."""
+    """Tokenise rows -> (examples, {reason: rows skipped}). Supervised are the response and one EOS.
+    One BOS where the tokenizer adds one, none beside a chat template's. Too long: cut on the right,
+    skipped where no response is left. Special tokens in data are text, but for chat templates."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     if eos is None:
         raise UserError("the tokenizer has no EOS token, so the model could not learn to stop")
@@ -643,13 +629,11 @@ def encode(
     return examples, dict(skipped)
 
 
-def encode_datasets(
-    datasets: list[Dataset], tokenizer, template: str, max_length: int, quiet=False
-):
+def encode_datasets(sets: list[Dataset], tokenizer, template: str, max_length: int, quiet=False):
     """encode() over datasets -> a list of examples for each; prints what was skipped.
     Raises UserError where a dataset keeps nothing."""
     result = []
-    for k, dataset in enumerate(datasets):
+    for k, dataset in enumerate(sets):
         progress = "" if quiet else dataset.label
         examples, found = encode(dataset.rows, tokenizer, template, max_length, k, progress)
         skipped = dict(Counter(dataset.skipped) + Counter(found))
@@ -667,8 +651,8 @@ def encode_datasets(
 
 def encode_choices(rows: list[Row], tokenizer, template: str, max_length: int) -> tuple[list, dict]:
     """Multiple-choice rows -> (questions, {reason: rows skipped}). A question is a list of Example,
-    one a choice in the row's order, without an end token: what differs between them is the answer
-    alone. One with a choice that does not fit into max_length is skipped. Raises UserError."""
+    one a choice, without an end token: they differ in the answer alone. All must fit. Raises
+    UserError."""
     flat, owner = [], []
     for number, row in enumerate(rows):
         if len(row.choices) < 2:
