@@ -537,7 +537,7 @@ def summarise_choice(task: Task, rows: list[dict]) -> tuple[dict, dict]:
     return metrics, {name: {i: (float(np.mean(part)), 1, i) for i, part in by_index.items()}}
 
 
-# -------------- lm-eval: its task definitions, prompts, stop rules and scorers; over local rows too
+# ---- lm-eval: its task definitions, prompts, stop rules and scorers; over local rows too ---------
 # DynamixSFT's ten benchmarks, by their names in lm-eval 0.4.13; it has no PopQA (see POPQA)
 DYNAMIXSFT = ["mmlu", "lm_eval/truthfulqa_mc2", "popqa", "bbh", "drop", "humaneval"]
 DYNAMIXSFT += ["humaneval_plus", "gsm8k", "minerva_math", "ifeval"]
