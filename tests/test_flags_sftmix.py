@@ -56,6 +56,11 @@ def files(tmp_path_factory, model_folder):
     return {"plain": plain, "split": [*plain, "--confidence", split], "folder": folder}
 
 
+def run(folder, *flags):
+    """-> the steps of a run"""
+    return traced("sftmix", *flags, "--output_dir", str(folder))
+
+
 def test_the_rows_tell_the_rankings_apart():
     others = [np.median(PERPLEXITY, 0), np.log(PERPLEXITY).sum(0), PERPLEXITY.max(0)]
     others += [*PERPLEXITY, range(12), LENGTHS]
@@ -211,7 +216,7 @@ def test_loss_and_gradient_of_the_first_step(
 ):
     """The pairs and λ that reached the loss, put into §3.3 by hand, give the logged metrics and
     the gradient, over several micro-batches."""
-    steps = traced("sftmix", tmp_path / "run", *files["split"], "--max_steps", "2", *flags.split())
+    steps = run(tmp_path / "run", *files["split"], "--max_steps", "2", *flags.split())
     first = steps[0]
     assert len(first.losses) > 1
     metrics, gradients = by_hand(model_folder("llama"), first.pairs, ntp_on, mu, rule)
@@ -243,7 +248,7 @@ def check_pairs(steps, confident, unconfident, rest=()):
 def test_pairs_of_both_halves(tmp_path, files):
     """--confidence: upper with lower half by the mean of its perplexities, every example once an
     epoch, otherwise paired in the next."""
-    steps = traced("sftmix", tmp_path / "run", *files["split"], "--epochs", "2")
+    steps = run(tmp_path / "run", *files["split"], "--epochs", "2")
     assert [len(step.texts) for step in steps] == [6] * 4
     epochs = [set(), set()]
     for epoch, couples in enumerate(epochs):
@@ -256,7 +261,7 @@ def test_pairs_of_both_halves(tmp_path, files):
 
 
 def test_thirds_mix_top_with_bottom(tmp_path, files):
-    steps = traced("sftmix", tmp_path / "run", *files["split"], "--epochs", "1", "--split=thirds")
+    steps = run(tmp_path / "run", *files["split"], "--epochs", "1", "--split=thirds")
     top, middle, bottom = np.split(np.array(MOST_CONFIDENT_FIRST), 3)
     check_pairs(steps, top, bottom, middle)
 
@@ -264,7 +269,7 @@ def test_thirds_mix_top_with_bottom(tmp_path, files):
 @pytest.mark.parametrize("half", ["confident", "unconfident"])
 def test_without_mixup_only_one_half_is_trained_on(tmp_path, files, half):
     flags = ["--mu", "0", "--ntp_on", half, "--epochs", "2", "--batch_size", "3"]
-    steps = traced("sftmix", tmp_path / "run", *files["split"], *flags)
+    steps = run(tmp_path / "run", *files["split"], *flags)
     assert [len(step.texts) for step in steps] == [3] * 4
     expected = CONFIDENT if half == "confident" else UNCONFIDENT
     for part in (steps[:2], steps[2:]):
@@ -277,7 +282,7 @@ def test_an_odd_row_is_confident_and_alone(tmp_path, files):
     scores = write_confidence(tmp_path / "odd-confidence.jsonl", rows, PERPLEXITY[:, :11])
     order = [text for text in MOST_CONFIDENT_FIRST if text != TEXTS[11]]
     flags = [*files["plain"], "--data", rows, "--confidence", scores, "--epochs", "1"]
-    steps = traced("sftmix", tmp_path / "run", *flags)
+    steps = run(tmp_path / "run", *flags)
     check_pairs(steps, order[:6], order[6:])
     lone = [c for step in steps for c, u, _ in step.pairs if not u]
     assert len(lone) == 1
@@ -292,16 +297,16 @@ def test_lambda_is_beta_distributed(tmp_path, files):
     """One λ a pair, Beta(α, α): its cumulative distribution is 2/π asin(sqrt λ) at the paper's α =
     0.5, 1/2 ± 0.01 for a large α, and 0 or 1 for a small one."""
     flags = [*files["split"], "--batch_size", "12", "--micro_batch_size", "12"]
-    paper = lambdas(traced("sftmix", tmp_path / "paper", *flags, "--max_steps", "80"))
+    paper = lambdas(run(tmp_path / "paper", *flags, "--max_steps", "80"))
     assert paper.shape == (80, 6)
     ordered = np.sort(paper.ravel())
     assert len(set(ordered)) == 480  # new ones for every pair of every step
     share = (np.arange(480) + 0.5) / 480
     assert np.abs(2 / np.pi * np.arcsin(np.sqrt(ordered)) - share).max() < 0.062  # KS test at 5 %
 
-    large = lambdas(traced("sftmix", tmp_path / "large", *flags, "--max_steps=2", "--alpha=1e5"))
+    large = lambdas(run(tmp_path / "large", *flags, "--max_steps=2", "--alpha=1e5"))
     assert np.abs(large - 0.5).max() < 0.01
-    small = lambdas(traced("sftmix", tmp_path / "small", *flags, "--max_steps=3", "--alpha=1e-4"))
+    small = lambdas(run(tmp_path / "small", *flags, "--max_steps=3", "--alpha=1e-4"))
     assert np.abs(small - small.round()).max() < 1e-6
     assert set(small.round().ravel()) == {0.0, 1.0}
 
@@ -315,7 +320,7 @@ def test_seed_decides_on_lambda_and_pairs(tmp_path, files, model_folder):
         "other": ["--seed", "1"],
     }
     for name, flags in cases.items():
-        steps = traced("sftmix", tmp_path / name, *files["split"], "--max_steps", "3", *flags)
+        steps = run(tmp_path / name, *files["split"], "--max_steps", "3", *flags)
         runs[name] = [sorted(step.pairs) for step in steps]
     assert runs["first"] == runs["again"]
     first, other = ([[pair[:2] for pair in step] for step in runs[n]] for n in ("first", "other"))
@@ -329,7 +334,7 @@ def test_logged_losses_are_means_over_the_window(tmp_path, files):
     the mean of means."""
     flags = ["--max_steps", "5", "--log_every", "3", "--mixup_norm", "mean", "--lr", "1e-2"]
     flags += ["--length_window", "1"]  # uneven batches
-    steps = traced("sftmix", tmp_path / "run", *files["split"], *flags)
+    steps = run(tmp_path / "run", *files["split"], *flags)
     rows = []
     for step in steps:
         ntp, mixup = (sum(loss.sums[i] for loss in step.losses) for i in (1, 2))
@@ -359,7 +364,7 @@ def test_partition_by_source(tmp_path, files, model_folder):
     first = to_jsonl(tmp_path / "z.jsonl", ROWS[:5])
     second = to_jsonl(tmp_path / "a.jsonl", ROWS[5:])
     flags = [*files["plain"], "--data", first, second, "--partition", "source", "--epochs", "1"]
-    steps = traced("sftmix", tmp_path / "run", *flags)
+    steps = run(tmp_path / "run", *flags)
     assert [text for step in steps for _, text, _ in step.pairs].count("") == 0
     for step in steps:
         assert {c for c, _, _ in step.pairs if c} <= set(TEXTS[:5])
@@ -367,7 +372,7 @@ def test_partition_by_source(tmp_path, files, model_folder):
     assert sorted(text for step in steps for text in step.texts) == sorted(TEXTS)
     assert not (tmp_path / "run" / "confidence.jsonl").exists()
     flags += ["--mu", "0", "--ntp_on", "confident"]
-    (step,) = traced("sftmix", tmp_path / "one", *flags)
+    (step,) = run(tmp_path / "one", *flags)
     assert sorted(step.texts) == sorted(TEXTS[:5])
 
 
@@ -375,7 +380,7 @@ def test_partition_at_random(tmp_path, files):
     """Halves of equal size that --seed draws; each seed others."""
     halves, flags = [], [*files["plain"], "--partition", "random", "--epochs", "1"]
     for seed in "001":
-        steps = traced("sftmix", tmp_path / f"{len(halves)}", *flags, "--seed", seed)
+        steps = run(tmp_path / f"{len(halves)}", *flags, "--seed", seed)
         confident = {c for step in steps for c, _, _ in step.pairs}
         check_pairs(steps, confident, BOTH - confident)
         halves.append(confident)
@@ -406,10 +411,10 @@ def test_length_window(tmp_path, files):
     texts, confident, pure, unequal = {}, {}, {}, {}
     for window in (16, 2, 1):
         own = [*flags, "--length_window", str(window)]
-        steps = traced("sftmix", tmp_path / f"plain{window}", *own, "--mu", "0")
+        steps = run(tmp_path / f"plain{window}", *own, "--mu", "0")
         texts[window] = [step.texts for step in steps]
         pure[window] = sum(len(set(map(len, batch))) == 1 for batch in texts[window])
-        steps = traced("sftmix", tmp_path / f"pairs{window}", *own, "--confidence", scores)
+        steps = run(tmp_path / f"pairs{window}", *own, "--confidence", scores)
         confident[window] = [[c for c, _, _ in step.pairs] for step in steps]
         unequal[window] = sum(len(c) != len(u) for step in steps for c, u, _ in step.pairs)
     assert pure[16] == 4 > pure[2]
@@ -418,11 +423,9 @@ def test_length_window(tmp_path, files):
     for batches in (texts, confident):
         assert all(apart(*batches[2][at : at + 2]) for at in (0, 2))
         assert not any(apart(*batches[1][at : at + 2]) for at in (0, 2))
-    default = traced("sftmix", tmp_path / "default", *flags, "--confidence", scores)
+    default = run(tmp_path / "default", *flags, "--confidence", scores)
     assert all(len(c) == len(u) for step in default for c, u, _ in step.pairs)
-    reference = traced(
-        "sftmix", tmp_path / "run", *flags, "--length_window", "1", "--num_checkpoints", "1"
-    )
+    reference = run(tmp_path / "run", *flags, "--length_window", "1", "--num_checkpoints", "1")
     assert [step.texts for step in reference[:4]] == texts[1]
 
 
@@ -462,7 +465,7 @@ SELECT = ["--mu", "0", "--epochs", "1", "--batch_size", "32"]
 
 
 def trained_texts(tmp_path, files, *flags):
-    (step,) = traced("sftmix", tmp_path / "run", *files["plain"], *SELECT, *flags)
+    (step,) = run(tmp_path / "run", *files["plain"], *SELECT, *flags)
     return sorted(step.texts)
 
 
@@ -498,12 +501,12 @@ def test_select_keeps_rows_with_their_source_and_confidence(tmp_path, files):
     select = ["--select", file, "--select_n", "4", "--epochs", "1", "--batch_size", "4"]
     flags = [*files["plain"], *select]
     sources = ["--data", first, second, "--partition", "source"]
-    (step,) = traced("sftmix", tmp_path / "source", *flags, *sources)
+    (step,) = run(tmp_path / "source", *flags, *sources)
     assert {c for c, _, _ in step.pairs} == {TEXTS[2], TEXTS[5]}
     assert {u for _, u, _ in step.pairs} == {TEXTS[8], TEXTS[11]}
     kept = to_jsonl(tmp_path / "kept.jsonl", [ROWS[i] for i in (2, 5, 8, 11)])
     scores = write_confidence(tmp_path / "split.jsonl", kept, np.array([[4.0, 1.0, 3.0, 2.0]]))
-    (step,) = traced("sftmix", tmp_path / "split", *flags, "--confidence", scores)
+    (step,) = run(tmp_path / "split", *flags, "--confidence", scores)
     assert {c for c, _, _ in step.pairs} == {TEXTS[5], TEXTS[11]}
 
 
@@ -512,9 +515,7 @@ def test_rows_without_a_confidence_are_left_out(tmp_path, files):
     holes = PERPLEXITY.copy()
     holes[1, 4] = np.nan
     scores = write_confidence(tmp_path / "holes.jsonl", file, holes)
-    steps = traced(
-        "sftmix", tmp_path / "run", *files["plain"], "--confidence", scores, "--epochs=1"
-    )
+    steps = run(tmp_path / "run", *files["plain"], "--confidence", scores, "--epochs=1")
     order = [text for text in MOST_CONFIDENT_FIRST if text != TEXTS[4]]
     check_pairs(steps, order[:6], order[6:])
 
@@ -525,7 +526,7 @@ def test_rows_that_are_skipped_keep_their_place(tmp_path, files):
     long = {"prompt": "p" * 40, "response": "none"}
     file = to_jsonl(tmp_path / "long.jsonl", [*ROWS[:4], long, *ROWS[4:]])
     flags = [*files["plain"], "--data", file, "--max_length", "40", "--max_steps", "2"]
-    steps = traced("sftmix", tmp_path / "run", *flags, "--num_checkpoints", "1")
+    steps = run(tmp_path / "run", *flags, "--num_checkpoints", "1")
     rows = read_jsonl(tmp_path / "run" / "confidence.jsonl")[1:]
     assert [row["index"] for row in rows] == [0, 1, 2, 3, *range(5, 13)]
     order = ranked([-row["confidence"] for row in rows])
@@ -565,7 +566,7 @@ def test_num_checkpoints(tmp_path, files, model_folder, count, points):
     perplexities are taken."""
     model = model_folder("gpt2")
     flags = ["--model", model, "--num_checkpoints", count, "--max_steps", "5", "--lr", "1e-2"]
-    steps = traced("sftmix", tmp_path / "run", *files["plain"], *flags)
+    steps = run(tmp_path / "run", *files["plain"], *flags)
     reference, target = steps[:5], steps[5:]
     assert len(values(tmp_path / "run", "reference/loss")) == len(target) == 5
     assert {loss.mu for step in reference for loss in step.losses} == {0.0}
@@ -579,9 +580,9 @@ def test_num_checkpoints(tmp_path, files, model_folder, count, points):
 def test_reference_is_plain_training(tmp_path, files):
     """The reference takes the NTP baseline's steps, whatever is asked of the target."""
     flags = ["--num_checkpoints", "2", "--max_steps", "2", "--lr", "1e-3"]
-    baseline = traced("sftmix", tmp_path / "baseline", *files["plain"], *flags, "--mu", "0")
+    baseline = run(tmp_path / "baseline", *files["plain"], *flags, "--mu", "0")
     others = ["--ntp_on", "confident", "--mu", "0.9", "--mixup_norm", "mean", "--alpha", "2"]
-    steps = traced("sftmix", tmp_path / "run", *files["plain"], *flags, *others)
+    steps = run(tmp_path / "run", *files["plain"], *flags, *others)
     for one, other in zip(baseline, steps[:2]):
         assert one.texts == other.texts
         assert same(one.after, other.after)
@@ -595,7 +596,7 @@ def test_ref_model(tmp_path, files, model_folder):
     rows, and the target is the model of --model."""
     ref, model = model_folder("gpt2"), model_folder("llama")
     flags = ["--ref_model", ref, "--num_checkpoints", "2", "--max_steps", "2", "--lr", "1e-2"]
-    steps = traced("sftmix", tmp_path / "run", *files["plain"], *flags)
+    steps = run(tmp_path / "run", *files["plain"], *flags)
     reference, target = steps[:2], steps[2:]
     assert "transformer.wte.weight" in reference[0].before
     assert "transformer.wte.weight" not in target[0].before

@@ -56,7 +56,7 @@ def copied(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def traced(script, folder, *flags):
+def traced(script, *flags):
     """Run `python <script>.py flags` -> its optimizer steps. What is done without a gradient
     (evaluation, perplexities) is not in them."""
     steps, now = [], Step()
@@ -111,7 +111,7 @@ def traced(script, folder, *flags):
             patch.setattr(common, spy.__name__, spy)
         patch.setattr(sftmix, "sftmix_loss", loss)
         patch.setattr(torch.optim.AdamW, "step", step)
-        importlib.import_module(script).main([*flags, "--output_dir", str(folder)])
+        importlib.import_module(script).main([*flags])
     return steps
 
 
