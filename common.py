@@ -13,8 +13,8 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -910,6 +910,15 @@ def git_commit() -> str | None:
     return None
 
 
+def import_tracker(name: str) -> None:
+    """Raise UserError unless --track's library is there, with all that it needs itself."""
+    try:
+        importlib.import_module({"tensorboard": "torch.utils.tensorboard"}.get(name, name))
+    except Exception as error:  # a library that is there but broken raises any type
+        cause = "" if getattr(error, "name", None) == name else f" ({error})"
+        raise UserError(f"--track {name} needs: pip install {name}{cause}") from None
+
+
 def open_tracker(name: str, folder: Path, args: Namespace) -> Callable:
     """-> function(step, {metric: number}). A method's stages each count their own steps."""
     if name == "tensorboard":
@@ -947,8 +956,8 @@ class Run:
                 offset, self.time = self.state["metrics_offset"], self.state["time"]
                 self._before = self.state["seconds"]
         track = None if self.finished else args.track
-        if track and not importlib.util.find_spec(track):
-            raise UserError(f"--track {track} needs: pip install {track}")
+        if track:
+            import_tracker(track)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._tracker = track and open_tracker(track, self.folder, args)
         if not args.resume:
@@ -985,7 +994,8 @@ class Run:
         """Raise UserError where the run in the folder was started otherwise."""
         old = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if old["script"] != config["script"]:
-            raise UserError(f"--resume: the run was made by {old['script']}.py")
+            made = f"the run was made by {old['script']}.py, not {config['script']}.py"
+            raise UserError(f"--resume: {made}")
         # DynaMiCS chooses its checkpoint by the evaluations
         free = RESUME_FREE - ({"eval_every"} if config["script"] == "dynamics" else set())
         new = json.loads(json.dumps(config))

@@ -462,6 +462,8 @@ def read_scores(path: str, rows: int) -> list[float]:
     for number, value in enumerate(given, 1):
         try:
             scores.append(float(value["score"] if isinstance(value, dict) else value))
+            if np.isnan(scores[-1]):
+                raise ValueError  # it has no place in an order
         except (ValueError, KeyError, TypeError):
             problem = f'{str(value)[:60]!r} is no number and no object with "score"'
             raise UserError(f"--select {path}, row {number}: {problem}") from None

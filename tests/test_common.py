@@ -1,7 +1,8 @@
 """Model and loss, batches, schedules, run folder and snapshots of common.py."""
 
 import argparse
-import importlib.util
+import importlib
+import importlib.machinery
 import math
 import sys
 from types import SimpleNamespace
@@ -303,22 +304,28 @@ def test_half_written_files_are_never_seen(tmp_path, monkeypatch):
 TINY_RUN = ["--data", "toy#20", "--max_steps", "2", "--mu", "0", "--log_every", "1"]
 
 
-def installed(monkeypatch, name, answer):
-    """Whether library `name` is there, whatever is true here."""
-    find_spec = importlib.util.find_spec
-
-    def found(module, *args):
-        return answer if module == name else find_spec(module, *args)
-
-    monkeypatch.setattr(importlib.util, "find_spec", found)
+BROKEN = [
+    ("tensorboard", "tensorboard", ""),  # not installed
+    ("wandb", "wandb", ""),
+    ("tensorboard", "numpy", " (No module named 'numpy')"),  # installed, but without what it needs
+    ("wandb", None, " (broken)"),  # installed, and broken
+]
 
 
-@pytest.mark.parametrize("track", ["tensorboard", "wandb"])
-def test_tracker_hint(tmp_path, monkeypatch, capsys, track):
-    installed(monkeypatch, track, None)
+@pytest.mark.parametrize("track, missing, cause", BROKEN)
+def test_tracker_hint(tmp_path, monkeypatch, capsys, track, missing, cause):
+    imported = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}[track]
+    import_module = importlib.import_module
+
+    def refuse(module, *rest, **options):
+        if module != imported:
+            return import_module(module, *rest, **options)
+        raise ImportError(f"No module named '{missing}'" if missing else "broken", name=missing)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
     flags = [*TINY_RUN, "--output_dir", str(tmp_path / "run"), "--track", track]
     error = error_line(capsys, sftmix.main, flags)
-    assert error == f"error: --track {track} needs: pip install {track}"
+    assert error == f"error: --track {track} needs: pip install {track}{cause}"
     assert not (tmp_path / "run").exists()
 
 
@@ -335,10 +342,10 @@ def test_tracker_gets_the_numbers_of_metrics_jsonl(tmp_path, monkeypatch, track)
             got.append({"step": step, name: value})
 
     wandb = {"init": lambda **options: None, "define_metric": lambda *args, **options: None}
+    wandb["__spec__"] = importlib.machinery.ModuleSpec("wandb", None)  # transformers looks at it
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(log=got.append, **wandb))
     tensorboard = SimpleNamespace(SummaryWriter=Writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
-    installed(monkeypatch, track, True)
     sftmix.main([*TINY_RUN, "--output_dir", str(tmp_path / "run"), "--track", track])
     merged = {step: {} for step in (1, 2)}
     for values in got:
@@ -364,7 +371,7 @@ def test_resume_refuses_changed_data_and_another_scripts_folder(tmp_path, capsys
 
     other = ["--data", str(train), "--max_steps", "2", "--resume", str(folder)]
     error = error_line(capsys, dynamix_sft.main, other)
-    assert error.startswith("error: --resume: the run was made by sftmix.py")
+    assert error.endswith("the run was made by sftmix.py, not dynamix_sft.py")
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     sftmix.main([*flags, "--resume"])  # the same rows again: nothing is wrong
     assert "nothing to resume" in capsys.readouterr().out

@@ -580,6 +580,9 @@ def test_select_by_scores(tmp_path, capsys):
     scores.write_text("1\n" * 39)
     error = error_line(capsys, run, tmp_path / "other", *flags)
     assert "has 39 scores for 40 rows" in error
+    scores.write_text("1\n" * 38 + '{"score": NaN}\n2\n')  # json.loads takes it: no order
+    error = error_line(capsys, run, tmp_path / "other", *flags)
+    assert f"--select {scores}, row 39: \"{{'score': nan}}\" is no number" in error
 
 
 def test_low_learning_rate_moves_the_weights(tmp_path):
