@@ -111,13 +111,15 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     add("--model", default="tiny", metavar="NAME",
         help="hub id, local folder, or tiny (about 1M random parameters, byte-level tokenizer)")
     add("--data", nargs="+", default=["toy"], metavar="SPEC",
-        help="training datasets: [label=]SOURCE[#N]; SOURCE = alias, hub id, .json .jsonl .parquet "
-             ".csv file, folder of them, or toy; #N = N random rows; default toy")
+        help="training datasets: [label=]SOURCE[#N]; SOURCE = alias, hub id, .json .jsonl .csv "
+             ".parquet .arrow file (.gz .zst too), folder of them, or toy; #N = N random rows; "
+             "default toy")
     add("--eval_data", nargs="+", default=[], metavar="SPEC", help="fixed evaluation sets")
     add("--source_column", metavar="NAME",
         help="split every training file into one dataset per value of this column")
-    add("--template", choices=["auto", "alpaca", "chat", "plain"], default="auto",
-        help="auto: the tokenizer's chat template if it has one, else Alpaca's prompt")
+    add("--template", default="auto", metavar="NAME",
+        help="alpaca, plain, chat (the tokenizer's own template) or a Jinja file; auto: chat if "
+             "the tokenizer has a template, else alpaca")
     add("--max_length", type=positive_int, metavar="TOKENS",
         help="longest example, at most what the model has positions for; without a number 2048")
     add("--show_batch", action="store_true",
@@ -169,21 +171,63 @@ def load_datasets(args: Namespace) -> tuple[list[Dataset], list[Dataset]]:
 
 
 def setup(args: Namespace):
-    """-> the model that is trained, and its tokenizer. Fills in what the flags leave open: dtype,
-    template, max_length, lora_alpha. Raises UserError."""
+    """-> the model that is trained, and its tokenizer with the chat template that it is trained by.
+    Fills in what the flags leave open: dtype, template and the date it writes, max_length,
+    lora_alpha. Raises UserError."""
     args.dtype = pick_dtype(args.dtype, pick_device())
     model, tokenizer = load_trainable(args.model, args)
     describe_model(model, args.model, args.dtype)
-    args.template = data.pick_template(args.template, tokenizer)
+    tokenizer = set_template(tokenizer, args)
     args.max_length = min(args.max_length or 2048, max_positions(model))
     if args.lora_rank and not args.lora_alpha:
         args.lora_alpha = 2.0 * args.lora_rank
     return model, tokenizer
 
 
+def read_card(model: str) -> dict:
+    """cleansft.json of a folder that one of the scripts saved; {} for any other model."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(Path(model, "cleansft.json").read_text(encoding="utf-8"))
+    return {}
+
+
+def choose_template(model: str, tokenizer, args: Namespace) -> tuple[str, int | None]:
+    """-> --template and --max_length. Where they are left open, a model of ours goes on as it was
+    trained: its tokenizer carries that template, cleansft.json the length. Raises UserError."""
+    card, name = read_card(model), data.pick_template(args.template, tokenizer)
+    length = args.max_length or card.get("max_length")
+    if card:
+        trained = f"--template {card['template']} --max_length {card['max_length']}"
+        print(f"template {name}, max_length {length}: {model} was trained with {trained}")
+        if args.template not in ("auto", "chat", card["template"]):
+            print(f"warning: --template {args.template} is not what {model} was trained with")
+    return name, length
+
+
+def set_template(tokenizer, args: Namespace):
+    """-> a copy of the tokenizer whose chat template is --template's: the one that the run trains
+    by and final/ carries. args.template and args.template_date say which. Raises UserError."""
+    args.template, args.max_length = choose_template(args.model, tokenizer, args)
+    first = first_start(args).get("template_date")
+    args.template_date = data.template_date(args.template, tokenizer, first)
+    if tokenizer.chat_template and args.template != "chat":
+        print(f"template {args.template}: replaces the model's own chat template, in final/ too")
+    if args.template_date:
+        print(f"template {args.template}: writes the date {args.template_date}, in final/ too")
+    return data.with_template(tokenizer, args.template, args.template_date)
+
+
+def first_start(args: Namespace) -> dict:
+    """The flags of the run that --resume goes on with; {} for a new run."""
+    folder = args.output_dir if args.resume is True else args.resume
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["flags"]
+    return {}
+
+
 def encode_eval(datasets: list[Dataset], tokenizer, args: Namespace) -> dict[str, list[Example]]:
     """{label: examples} of the evaluation sets."""
-    parts = data.encode_datasets(datasets, tokenizer, args.template, args.max_length)
+    parts = data.encode_datasets(datasets, tokenizer, args.max_length)
     return {dataset.label: part for dataset, part in zip(datasets, parts)}
 
 
@@ -1082,18 +1126,25 @@ class Run:
     def finish(self, summary: dict) -> None:
         """Write summary.json: the sign that the run is complete."""
         parts = self.rounded_time()
-        summary = {**summary, "seconds": round(self.seconds, 3), "time": parts}
+        counted = {"left_out": self.config.get("left_out", {})}
+        summary = {**summary, **counted, "seconds": round(self.seconds, 3), "time": parts}
         write_json(self.folder / "summary.json", summary)
         self._metrics.close()
         spent = ", ".join(f"{name} {value:.0f} s" for name, value in parts.items())
         print(f"done  {self.folder}/summary.json after {summary['seconds']:.0f} s: {spent}")
 
 
-def data_config(training: list[Dataset], evaluation: list[Dataset]) -> dict:
-    """What config.json says of the data; a resumed run must find the same."""
-    prints = {"data_fingerprint": data.fingerprint(training)}
-    prints["eval_fingerprint"] = data.fingerprint(evaluation)
-    return {**prints, "datasets": {dataset.label: len(dataset.rows) for dataset in training}}
+def data_config(training: list[Dataset], evaluation: list[Dataset], examples: Iterable) -> dict:
+    """What config.json says of the data, once it is encoded; a resumed run must find the same.
+    examples: all training examples. The text's fingerprint serves any tokenizer."""
+    config = {"data_fingerprint": data.fingerprint(training)}
+    config["eval_fingerprint"] = data.fingerprint(evaluation)
+    config["ids_fingerprint"] = data.ids_fingerprint(examples)
+    config["datasets"] = {dataset.label: len(dataset.rows) for dataset in training}
+    sets = [*training, *evaluation]
+    config["left_out"] = {each.label: each.left_out for each in sets if each.left_out}
+    config["columns_not_used"] = {each.label: each.unused for each in sets if each.unused}
+    return config
 
 
 # ---- Snapshots: try a step and put everything back, bit for bit ----------------------------------

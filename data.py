@@ -1,15 +1,24 @@
-"""From a file to tokens: rows, schemas, sources, toy tasks, templates, tokens. This is the ground
-floor: it imports nothing of the project."""
+"""From a file to tokens: files, schemas, sources, toy tasks, templates, tokens. This is the ground
+floor: it imports nothing of the project.
+
+No step guesses. A file's text arrives character by character; what a row says is used, refused
+with file and row, or counted (Dataset.left_out); what a template is given must be in what it
+renders."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import csv
+import datetime
 import hashlib
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -31,33 +40,21 @@ def data_rng(seed: int, stream: str, *position: int) -> np.random.Generator:
     return np.random.default_rng([seed, stream_id(stream), *position])
 
 
-def read_jsonl(path: str | Path, flag: str) -> list:
-    """The JSON value of every line of a file that `flag` names. Raises UserError with the row."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: cannot be read ({error})") from None
-    values = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{flag} {path}, row {number}: is not JSON ({error})") from None
-    return values
-
-
 # ---- Rows and datasets: no tokenizer so far ------------------------------------------------------
 @dataclass(frozen=True)
 class Row:
-    """One supervised turn as text."""
+    """One supervised turn as text. A message is (role, content) or (role, content, keys): keys is
+    JSON text of what else its turn holds for the template (tool_calls, reasoning_content, ...)."""
 
-    messages: tuple  # ((role, content), ...) before the response, oldest first; () for plain text
+    messages: tuple  # before the response, oldest first; () for plain text
     response: str  # what is supervised
     input: str = ""  # Alpaca's input field, apart from the last user message
     file: str = ""  # where it came from, for error messages
     number: int = 0  # row of that file, from 1
     choices: tuple = ()  # multiple choice: the answers, of which response is one
     answer: int = -1  # multiple choice: index of response in choices
+    keys: str = ""  # of the response's turn, as in messages
+    tools: str = ""  # JSON text of the tools that the template is told of
 
     @property
     def where(self) -> str:
@@ -70,11 +67,12 @@ class Row:
 
 @dataclass
 class Dataset:
-    """Rows under one label, and how many rows were skipped, by reason."""
+    """Rows under one label, and what of its files is not in them."""
 
     label: str
     rows: list[Row]
-    skipped: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)  # rows and turns not used, by reason
+    unused: list[str] = field(default_factory=list)  # columns that nothing was read from
 
 
 def fingerprint(datasets: Iterable[Dataset]) -> str:
@@ -83,8 +81,164 @@ def fingerprint(datasets: Iterable[Dataset]) -> str:
     for dataset in datasets:
         for row in dataset.rows:
             text = [row.messages, row.input, row.response]
+            text += [row.keys, row.tools] if row.keys or row.tools else []
             digest.update(json.dumps(text, ensure_ascii=False).encode())
     return digest.hexdigest()
+
+
+# ---- Files: bytes -> records, nothing inferred ---------------------------------------------------
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv"}
+FILE_TYPES |= {".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+NEVER_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+
+class Number(str):
+    """A number in a JSON file, as the text that stands there: 1.50 stays 1.50."""
+
+
+def _not_json(constant: str):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def parse_json(text: str):
+    """A JSON value; its numbers are Number. Raises ValueError."""
+    try:
+        options = {"parse_int": Number, "parse_float": Number, "parse_constant": _not_json}
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def plain(value: object) -> object:
+    """A JSON value with int and float in place of Number."""
+    if isinstance(value, Number):
+        return float(value) if set(value) & set(".eE") else int(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return value
+
+
+def read_jsonl(path: str | Path, flag: str) -> list:
+    """The JSON value of every line of a file that `flag` names. Raises UserError with the row."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error})") from None
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{flag} {path}, row {number}: is not JSON ({error})") from None
+    return values
+
+
+def file_kind(path: Path) -> str | None:
+    """json, csv, parquet or arrow by the file's name, compressed or not; None for other files."""
+    name = path.name.lower()
+    for ending in COMPRESSION:
+        name = name.removesuffix(ending)
+    if path.name in NEVER_DATA or name.startswith("."):
+        return None
+    return FILE_TYPES.get(Path(name).suffix)
+
+
+def _json_records(text: str, file: str) -> list[tuple]:
+    """Records of an array, or of JSON Lines. A line ends at "\\n" alone: raw U+2028 is legal."""
+    array = text.lstrip()[:1] == "["
+    number, records = 1, []
+    try:
+        if array:
+            return list(enumerate(parse_json(text), 1))
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                records.append((number, parse_json(line)))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}" if array else f"row {number}"
+        raise UserError(f"{file}, {place}: not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise UserError(f"{file}, row {number}: not JSON: {error}") from None
+    return records
+
+
+def _csv_records(text: str, file: str) -> list[tuple]:
+    """Records of a comma-separated file with a header; every cell is text."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    records = []
+    try:
+        header = next(reader, [])
+        for other in ";\t|":
+            if len(header) == 1 and other in header[0]:
+                raise UserError(f"{file}: its columns are separated by {other!r}; expected ','")
+        if len(set(header)) < len(header):
+            raise UserError(f"{file}: two columns have the same name; found {header}")
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                problem = f"{len(cells)} cells, the header names {len(header)} columns"
+                raise UserError(f"{file}, row {len(records) + 1}: {problem}")
+            if cells:
+                records.append((len(records) + 1, dict(zip(header, cells))))
+    except csv.Error as error:
+        problem = f"not CSV: {error} (line {reader.line_num})"
+        raise UserError(f"{file}, row {len(records) + 1}: {problem}") from None
+    return records
+
+
+def _without_null(value):
+    """A cell of a table: Arrow fills the keys that a struct lacks with null."""
+    if isinstance(value, list):
+        return [_without_null(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return value
+
+
+def _table_records(kind: str, raw) -> list[tuple]:
+    """Records of a Parquet or Arrow file, its columns as they are."""
+    import pyarrow
+    import pyarrow.parquet
+
+    source = pyarrow.BufferReader(raw)
+    if kind == "parquet":
+        table = pyarrow.parquet.read_table(source)
+    else:
+        try:
+            table = pyarrow.ipc.open_stream(source).read_all()
+        except pyarrow.ArrowInvalid:
+            table = pyarrow.ipc.open_file(source).read_all()
+    nested = [f.name for f in table.schema if pyarrow.types.is_nested(f.type)]
+    records = table.to_pylist()
+    for record in records:
+        record.update((name, _without_null(record[name])) for name in nested)
+    return list(enumerate(records, 1))
+
+
+def read_file(path: str | Path, name: str = "") -> list[tuple[int, dict]]:
+    """[(row number from 1, record)] of a local file. JSON by json.loads, numbers as Number; CSV as
+    text; .gz and .zst too. name: what the file is called where `path` is a cache's. Raises
+    UserError naming file and row."""
+    import pyarrow
+
+    file = name or str(path)
+    kind = file_kind(Path(file))
+    try:
+        with pyarrow.input_stream(str(path), COMPRESSION.get(Path(file).suffix.lower())) as stream:
+            raw = stream.readall()
+        if not raw:
+            raise UserError(f"{file}: the file is empty")
+        if kind in ("parquet", "arrow"):
+            return _table_records(kind, raw)
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 (byte {error.start})") from None
+    except (OSError, pyarrow.ArrowException) as error:
+        problem = f"cannot be read as {kind} ({type(error).__name__}: {error})"
+        raise UserError(f"{file}: {problem}") from None
+    return _json_records(text, file) if kind == "json" else _csv_records(text, file)
 
 
 # ---- Schemas: a record of any accepted form -> rows ----------------------------------------------
@@ -101,128 +255,351 @@ ACCEPTED = (
     "question/answer, messages (role, content), conversations (from, value), text, or a "
     "multiple-choice schema (README, Data)"
 )
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIALOGUES = ("messages", "conversations", "conversation")
 ROLES = {role: role for role in ("user", "assistant", "system", "tool")}
-ROLES |= dict.fromkeys(("human", "prompter"), "user")
+ROLES |= {"human": "user", "prompter": "user", "developer": "system"}
 ROLES |= dict.fromkeys(("gpt", "bot", "model", "chatgpt", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("function", "observation", "function_response"), "tool")
+TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+TURN_KEYS = {"role", "from", "content", "value", "weight", "train", "function_call"}
+TURN_KEYS |= set(TEMPLATE_KEYS)
+
+
+@dataclass
+class Record:
+    """A record while its rows are read from it: which columns were used, which turns were not."""
+
+    columns: dict
+    file: str
+    number: int
+    used: set = field(default_factory=set)
+    unused: set = field(default_factory=set)  # keys of turns
+    left_out: Counter = field(default_factory=Counter)
+
+    def take(self, name: str):
+        self.used.add(name)
+        return self.columns.get(name)
+
+    def present(self, *names: str) -> bool:
+        return all(self.columns.get(name) is not None for name in names)
+
+    def unused_columns(self) -> set[str]:
+        filled = {name for name, value in self.columns.items() if value not in (None, "", [])}
+        return (filled - self.used) | self.unused
 
 
 def _text(value) -> str:
-    """A cell as text: None -> "", numbers -> str. Lone surrogates cannot be encoded: replaced."""
+    """A cell or a turn's content as text: null -> "", a number as in the file, text parts one below
+    the other. Raises ValueError for anything else: structure is never turned into text."""
     if value is None:
         return ""
-    if isinstance(value, (dict, list)):
-        value = json.dumps(value, ensure_ascii=False)
-    return str(value).encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "\n".join(_part(part) for part in value)
+    if isinstance(value, (int, float, Decimal)):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"expected text, found {_shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):x}"
+        raise ValueError(f"{half} is half of a character, so the text is no Unicode") from None
+    return str(value)
+
+
+def _part(part) -> str:
+    """One part of a content list: {"type": "text", "text": ..}."""
+    if isinstance(part, dict) and part.get("type") == "text":
+        return _text(part.get("text"))
+    kind = part.get("type", sorted(part)) if isinstance(part, dict) else _shown(part)
+    raise ValueError(f"expected text or parts of type text, found a list with {kind}")
+
+
+def _shown(value) -> str:
+    return f"{type(value).__name__} {str(value)[:40]!r}"
+
+
+def _json_cell(value, what: str) -> list:
+    """A column that holds a list, or JSON text of one; [] where there is none. Raises ValueError"""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = parse_json(value)
+        except ValueError as error:
+            raise ValueError(f"{what} is a text that is not JSON ({error})") from None
+    if not value:
+        return []
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"expected a list in {what}, found {_shown(value)}")
+    return list(value)
+
+
+def _is_turns(value) -> bool:
+    """Whether a cell is a list of turns (and not text or text parts)."""
+    if not isinstance(value, (list, tuple)) or not value:
+        return False
+    return all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+
+
+def _weight(turn: dict, role: str) -> bool:
+    """Whether a turn may be supervised by its own keys weight (0, 1) and train. Raises
+    ValueError."""
+    for key in ("weight", "train"):
+        if turn.get(key) is None:
+            continue
+        value = str(turn[key]).lower()
+        if value not in ("0", "1", "0.0", "1.0", "true", "false"):
+            raise ValueError(f"a turn's {key} is {turn[key]!r}; it can be 0 or 1, true or false")
+        if value in ("0", "0.0", "false"):
+            return False
+        if role != "assistant":
+            raise ValueError(f"a {role} turn's {key} is {turn[key]!r}; only answers are trained on")
+    return True
+
+
+def _tool_calls(turn: dict) -> list[dict]:
+    """A turn's calls in today's form; arguments written as JSON text become what they say, since
+    that is what chat templates expect."""
+    calls = _json_cell(turn.get("tool_calls"), "tool_calls")
+    if turn.get("function_call"):  # OpenAI's older form
+        calls = [*calls, {"type": "function", "function": turn["function_call"]}]
+    result = []
+    for call in calls:
+        call = {key: value for key, value in call.items() if value is not None}
+        function = dict(call.get("function") or call)
+        if not function.get("name"):
+            raise ValueError(f"a tool call without a name: {_shown(call)}")
+        if isinstance(function.get("arguments"), str):
+            with contextlib.suppress(ValueError):  # what is no JSON stays text
+                function["arguments"] = parse_json(function["arguments"])
+        kept = {"id": call["id"]} if "id" in call else {}
+        result.append(kept | {"type": "function", "function": plain(function)})
+    return result
+
+
+def _message(turn: dict, record: Record) -> tuple[tuple, bool]:
+    """A turn -> (role, content[, keys]), and whether it may be supervised. Raises ValueError."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"expected a turn with role and content, found {_shown(turn)}")
+    turn = {key: value for key, value in turn.items() if value is not None}
+    given = turn.get("role", turn.get("from"))
+    role = ROLES.get(str(given).strip().lower())
+    if role is None:
+        raise ValueError(f"unknown role {given!r}; known are {', '.join(sorted(ROLES))}")
+    content = _text(turn.get("content", turn.get("value")))
+    keys = {key: plain(turn[key]) for key in TEMPLATE_KEYS if turn.get(key)}
+    calls = _tool_calls(turn)
+    if calls:
+        keys["tool_calls"] = calls
+    record.unused |= {f"{key} (of a turn)" for key in turn if key not in TURN_KEYS}
+    message = (role, content, json.dumps(keys, ensure_ascii=False)) if keys else (role, content)
+    return message, _weight(turn, role)
+
+
+def _dialogue(record: Record, turns: Sequence, context: Sequence = ()) -> list[Row]:
+    """A Row for each assistant turn of `turns`, with what stands before it as history (SFTMix
+    §4.1); the turns of `context` are history alone."""
+    messages, rows, found = _before(record), [], False
+    for place, turn in enumerate([*context, *turns]):
+        message, trained = _message(turn, record)
+        if message[0] == "system" and messages and messages[0][0] == "system" and not place:
+            if message[1] != messages[0][1]:
+                raise ValueError("a system column and another system turn; keep one of them")
+            continue
+        if message[0] == "assistant" and place >= len(context):
+            found = True
+            if not trained:
+                record.left_out["turn of weight 0"] += 1
+            elif not messages:
+                record.left_out["assistant turn with nothing before it"] += 1
+            else:
+                where = {"file": record.file, "number": record.number}
+                keys = message[2] if len(message) > 2 else ""
+                rows.append(Row(tuple(messages), message[1], keys=keys, **where))
+        messages.append(message)
+    if not found:
+        record.left_out["no assistant turn"] += 1
+    tools = _tools(record)
+    return [replace(row, tools=tools) for row in rows] if tools else rows
+
+
+def _before(record: Record) -> list[tuple]:
+    """Messages of the columns system or system_prompt, and history ([[question, answer], ...] or
+    turns)."""
+    messages = []
+    for column in ("system", "system_prompt"):
+        if record.present(column) and not messages:
+            content = _text(record.take(column))
+            messages += [("system", content)] if content else []
+    for pair in _json_cell(record.take("history"), "history"):
+        if isinstance(pair, dict):
+            messages.append(_message(pair, record)[0])
+        elif isinstance(pair, (list, tuple)) and len(pair) == 2:
+            messages += [("user", _text(pair[0])), ("assistant", _text(pair[1]))]
+        else:
+            raise ValueError(f"history holds {_shown(pair)}; expected [question, answer]")
+    return messages
+
+
+def _tools(record: Record) -> str:
+    """JSON text of the columns tools or functions, "" where they are empty."""
+    tools = _json_cell(record.take("tools"), "tools")
+    functions = _json_cell(record.take("functions"), "functions")
+    tools += [{"type": "function", "function": function} for function in functions]
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise ValueError(f"expected the description of a tool, found {_shown(tool)}")
+    return json.dumps(plain(tools), ensure_ascii=False) if tools else ""
+
+
+def _glaive(record: Record) -> list[dict]:
+    """Glaive's one string `USER: .. ASSISTANT: .. <|endoftext|> FUNCTION RESPONSE: ..` -> turns."""
+    system, chat = _text(record.take("system")), _text(record.take("chat"))
+    system = re.sub(r"^SYSTEM:\s*", "", system).strip()
+    record.columns = {**record.columns, "system": system}
+    turns, parts = [], re.split(r"(USER|ASSISTANT|FUNCTION RESPONSE):", chat)
+    for name, text in zip(parts[1::2], parts[2::2]):
+        content = text.replace("<|endoftext|>", "").strip()
+        turns.append({"role": name.lower().replace(" ", "_"), "content": content})
+    return turns
+
+
+def _flat(record: Record, schema: str) -> list[Row]:
+    """Rows of a schema of three columns; prompt and response may be lists of messages."""
+    names = schema.split("/")
+    question, extra, answer = (record.take(name) for name in names)
+    context = question if _is_turns(question) else [{"role": "user", "content": question}]
+    turns = answer if _is_turns(answer) else [{"role": "assistant", "content": answer}]
+    rows, extra = _dialogue(record, turns, context), _text(extra)
+    return [replace(row, input=extra) for row in rows] if extra else rows
 
 
 def labelled_choices(targets: dict) -> tuple[list, list]:
     """TruthfulQA's {"choices": .., "labels": ..} or {answer: 0, 1 or None} -> both as lists."""
     if "choices" in targets:
-        return list(targets["choices"]), list(targets["labels"])
+        return list(targets["choices"]), [int(label) for label in targets["labels"]]
     kept = {choice: int(label) for choice, label in targets.items() if label is not None}
     return list(kept), list(kept.values())
 
 
-def _multiple_choice(record: dict) -> tuple[str, list, int] | None:
-    """-> (question, choices, index of the right one), or None where the record is no such row."""
-    get, question = record.get, _text(record.get("question"))
-    if "ans0" in record and "label" in record:  # BBQ
-        choices = [record[f"ans{i}"] for i in range(10) if get(f"ans{i}") is not None]
-        return f"{_text(get('context'))}\n{question}".strip(), choices, int(get("label"))
-    if get("mc1_targets"):  # TruthfulQA
-        choices, labels = labelled_choices(record["mc1_targets"])
-        return question, choices, labels.index(1)
-    if get("endings") and "label" in record:  # HellaSwag
-        return _text(get("ctx")), list(record["endings"]), int(get("label"))
-    if "opa" in record and "cop" in record:  # MedMCQA
-        return question, [record[f"op{letter}"] for letter in "abcd"], int(get("cop"))
-    options, answer = get("options"), get("answer_idx")  # MedQA
-    if not options or answer is None:  # MMLU
-        options, answer = get("choices"), get("answer")
-    elif isinstance(options, dict):
-        keys = [key for key in sorted(options) if options[key] is not None]
-        return question, [options[key] for key in keys], keys.index(str(answer))
-    if not options or answer is None or not isinstance(options, (list, tuple)):
+def _answer_index(answer, options: list, names: Sequence[str] = LETTERS) -> int:
+    """Which option an answer means: a number is an index from 0; a text is one letter (names of
+    the options, either case), one option's text, or an index. Raises ValueError."""
+    count, text = len(options), _text(answer)
+    if isinstance(answer, (int, Number)) and not isinstance(answer, bool):
+        if not 0 <= int(answer) < count:
+            raise ValueError(f"right answer {answer} of only {count} choices")
+        return int(answer)
+    meant = {i for i in range(count) if text.strip().upper() == str(names[i]).upper()}
+    meant |= {i for i in range(count) if text == options[i]}
+    if not meant and text.isdecimal() and int(text) < count:
+        meant = {int(text)}
+    if len(meant) > 1:
+        raise ValueError(f"answer {text!r} may mean {len(meant)} of the {count} options")
+    if not meant:
+        raise ValueError(f"answer {text!r} is none of the {count} options")
+    return meant.pop()
+
+
+def _choice_columns(record: Record) -> tuple | None:
+    """-> (question, options, answer, names of the options), or None where the record is no
+    multiple-choice row. What the columns are called tells the benchmark."""
+    take = record.take
+    if record.present("ans0", "label"):  # BBQ
+        names = [f"ans{i}" for i in range(10) if record.present(f"ans{i}")]
+        question = f"{_text(take('context'))}\n{_text(take('question'))}".strip()
+        return question, [take(name) for name in names], take("label"), LETTERS
+    if record.columns.get("mc1_targets"):  # TruthfulQA
+        options, labels = labelled_choices(take("mc1_targets"))
+        return take("question"), options, labels.index(1), LETTERS
+    if record.present("endings", "label"):  # HellaSwag
+        return take("ctx"), take("endings"), take("label"), LETTERS
+    if record.present("opa", "cop"):  # MedMCQA
+        names = [f"op{letter}" for letter in "abcd"]
+        return take("question"), [take(name) for name in names], take("cop"), LETTERS
+    for column in ("options", "choices"):  # MedQA, MMLU
+        options = record.columns.get(column)
+        answer = next(filter(record.present, ("answer_idx", "answer")), None)
+        if answer and options and isinstance(options, (list, tuple, dict)):
+            take(column)
+            names = LETTERS
+            if isinstance(options, dict):
+                names = sorted(key for key in options if options[key] is not None)
+                options = [options[name] for name in names]
+            return take("question"), options, take(answer), names
+    return None
+
+
+def _multiple_choice(record: Record) -> list[Row] | None:
+    """The row of a multiple-choice record, or None."""
+    found = _choice_columns(record)
+    if found is None:
         return None
-    index = "ABCDEFGHIJ".index(answer) if isinstance(answer, str) else int(answer)
-    return question, list(options), index
+    question, options, answer, names = found
+    choices = tuple(_text(option) for option in options)
+    index = _answer_index(answer, choices, names)
+    messages = (*_before(record), ("user", _text(question)))
+    where = {"file": record.file, "number": record.number}
+    return [Row(messages, choices[index], choices=choices, answer=index, **where)]
 
 
-def _dialogue(turns: list, file: str, number: int) -> list[Row]:
-    """Turns (role, content) or (from, value) -> a Row for each assistant turn, the turns before it
-    as history (SFTMix §4.1)."""
-    messages, rows = [], []
-    for turn in turns:
-        role, content = turn.get("role") or turn.get("from"), turn.get("content")
-        content = _text(turn.get("value") if content is None else content)
-        name = ROLES.get(_text(role).strip().lower())
-        if name is None:
-            known = ", ".join(sorted(ROLES))
-            raise UserError(f"{file}, row {number}: unknown role {role!r}; known are {known}")
-        if name == "assistant" and messages and messages[-1][0] in ("user", "tool"):
-            rows.append(Row(tuple(messages), content, file=file, number=number))
-        messages.append((name, content))
-    return rows
-
-
-def _glaive(system: str, chat: str) -> list[dict]:
-    """Glaive's one string `USER: .. ASSISTANT: .. <|endoftext|> FUNCTION RESPONSE: ..` -> turns."""
-    system = re.sub(r"^SYSTEM:\s*", "", system).strip()
-    turns = [{"role": "system", "content": system}] if system else []
-    parts = re.split(r"(USER|ASSISTANT|FUNCTION RESPONSE):", chat.replace("<|endoftext|>", ""))
-    for name, text in zip(parts[1::2], parts[2::2]):
-        turns.append({"role": name.lower().replace(" ", "_"), "content": text.strip()})
-    return turns
-
-
-def _match_schema(keys: dict, file: str, number: int) -> list[Row] | None:
+def _match_schema(record: Record) -> list[Row] | None:
     """Rows of a record by its columns, or None where they fit no schema."""
-
-    def row(question, response, extra="", **choice):
-        messages = (("user", _text(question)),)
-        return [Row(messages, _text(response), _text(extra), file, number, **choice)]
-
-    for column in ("messages", "conversations", "conversation"):
-        turns = keys.get(column)
-        if isinstance(turns, (list, tuple)) and turns:
-            return _dialogue(turns, file, number)
-    if "chat" in keys and "system" in keys:
-        return _dialogue(_glaive(_text(keys["system"]), _text(keys["chat"])), file, number)
-    found = _multiple_choice(keys)
-    if found:
-        question, choices, answer = found
-        choices = tuple(_text(choice) for choice in choices)
-        if not 0 <= answer < len(choices):
-            problem = f"right answer {answer} of only {len(choices)} choices"
-            raise UserError(f"{file}, row {number}: {problem}")
-        return row(question, choices[answer], choices=choices, answer=answer)
-    if "question" in keys and "long_answer" in keys:  # PubMedQA
-        contexts = keys.get("contexts", keys.get("context")) or []
+    for column in DIALOGUES:
+        if record.columns.get(column):
+            return _dialogue(record, _json_cell(record.take(column), column))
+    if record.present("chat", "system"):
+        return _dialogue(record, _glaive(record))
+    rows = _multiple_choice(record)
+    if rows:
+        return rows
+    if record.present("question", "long_answer"):  # PubMedQA
+        column = "contexts" if record.present("contexts") else "context"
+        contexts = record.take(column) or []
         contexts = contexts.get("contexts", []) if isinstance(contexts, dict) else contexts
-        return row(keys["question"], keys["long_answer"], "\n".join(map(_text, contexts)))
-    for schema in FLAT_SCHEMAS:
-        prompt, extra, response = schema.split("/")
-        if keys.get(prompt) is not None and response in keys:
-            return row(keys[prompt], keys[response], keys.get(extra))
-    return [Row((), _text(keys["text"]), "", file, number)] if "text" in keys else None
+        rows = _flat(record, "question/-/long_answer")
+        return [replace(row, input="\n".join(map(_text, contexts))) for row in rows]
+    for nullable in (False, True):  # a response may be null where other rows have one
+        for schema in FLAT_SCHEMAS:
+            prompt, _, response = schema.split("/")
+            there = response in record.columns if nullable else record.present(response)
+            if record.present(prompt) and there:
+                return _flat(record, schema)
+    if "text" in record.columns:
+        return [Row((), _text(record.take("text")), "", record.file, record.number)]
+    if any(column in record.columns for column in DIALOGUES):
+        record.left_out["no assistant turn"] += 1
+        return []
+    return None
+
+
+def read_record(record: dict, file: str = "data", number: int = 1) -> tuple[list[Row], Record]:
+    """One record of any schema -> its rows (several for a dialogue), and what was not used. Column
+    names are compared in lower case, spaces as underscores. Raises UserError naming file, row and
+    the keys found."""
+    where = f"{file}, row {number}"
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise UserError(f"{where}: expected an object, found {kind}")
+    columns = {str(key).strip().lower().replace(" ", "_"): v for key, v in record.items()}
+    found, state = f"keys {sorted(columns)}", Record(columns, file, number)
+    try:
+        rows = _match_schema(state)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; {found}") from None
+    except (AttributeError, TypeError, KeyError, IndexError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{where}: cannot read the row ({cause}); {found}") from None
+    if rows is None:
+        raise UserError(f"{where}: {found} fit no known schema; accepted are {ACCEPTED}")
+    return rows, state
 
 
 def rows_from_record(record: dict, file: str = "data", number: int = 1) -> list[Row]:
-    """One record of any schema -> its rows (several for a dialogue). Column names are compared in
-    lower case, spaces as underscores. Raises UserError naming file, row and the keys found."""
-    full = {str(key).strip().lower().replace(" ", "_"): value for key, value in record.items()}
-    present = {key: value for key, value in full.items() if value is not None}
-    where, found = f"{file}, row {number}", f"keys {sorted(full)}"
-    try:
-        for keys in (present, full):  # a column may be null only because other rows have it
-            rows = _match_schema(keys, file, number)
-            if rows is not None:
-                return rows
-    except (AttributeError, TypeError, ValueError, KeyError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"{where}: cannot read the row ({cause}); {found}") from None
-    raise UserError(f"{where}: {found} fit no known schema; accepted are {ACCEPTED}")
+    """The rows of read_record."""
+    return read_record(record, file, number)[0]
 
 
 # ---- Sources: SPEC -> datasets -------------------------------------------------------------------
@@ -262,51 +639,75 @@ ALIASES = {
     "medmcqa": [HubSource("openlifescienceai/medmcqa", eval_split="validation")],
     "truthfulqa": [HubSource("truthfulqa/truthful_qa", "multiple_choice", "validation")],
 }
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation")
 
 
-def _bad_json_row(file: Path) -> str | None:
-    """Where a JSON file is not one of objects, and why. Lines end at "\\n" only: raw U+2028 is
-    legal JSON."""
-    number = 1
-    try:
-        text = file.read_bytes().decode("utf-8", "strict")
-        array = text.lstrip().startswith("[")
-        for number, entry in enumerate(json.loads(text) if array else text.split("\n"), 1):
-            record = entry if array else json.loads(entry.strip() or "{}")
-            if not isinstance(record, dict):
-                return f", row {number}: expected an object, found {type(record).__name__}"
-    except UnicodeDecodeError as error:
-        return f": not UTF-8 (byte {error.start})"
-    except json.JSONDecodeError as error:
-        return f", row {error.lineno if array else number}: not JSON: {error.msg}"
-    return None
+def split_of(file: Path) -> str:
+    """The split that a file's name speaks of, as the hub's files do; "" where it names none."""
+    found = [word for word in re.split("[^a-z]+", file.name.lower()) if word in SPLIT_NAMES]
+    return SPLIT_NAMES[found[0]] if found else ""
 
 
-def _load_file(file: Path):
-    """Records of one local file, through the datasets library."""
-    from datasets import load_dataset
-
-    kind = FILE_TYPES[file.suffix.lower()]
-    if file.stat().st_size == 0:
-        raise UserError(f"{file}: the file is empty")
-    options = {"keep_default_na": False} if kind == "csv" else {}  # an answer "NA" is text
-    try:
-        return load_dataset(kind, data_files=[str(file)], split="train", **options)
-    except Exception as error:  # datasets wraps every parser's own errors
-        cause = error.__cause__ or error
-    unread = f": cannot be read as {kind} ({type(cause).__name__}: {cause})"
-    raise UserError(f"{file}{(kind == 'json' and _bad_json_row(file)) or unread}")
+def of_split(paths: list[Path], split: str) -> list[Path]:
+    """Those of the files (or folders) that hold `split`: "train" is what is called so, or nothing
+    at all; "eval" test, else validation. [] where all are another split's."""
+    wanted = ("test", "validation", "", "train") if split == "eval" else ("train", "")
+    for name in wanted:
+        found = [path for path in paths if split_of(path) == name]
+        if found:
+            return found
+    return []
 
 
-def load_hub(source: HubSource, limit: int | None, split: str = "train"):
-    """Records of a HubSource; a streamed one only up to limit rows. Raises UserError."""
-    from datasets import load_dataset
+def folder_files(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that hold `split` ("train" or "eval"): what save_to_disk wrote, or data
+    files in it or in its data/ (a clone of a hub repository). Raises UserError."""
+    if (folder / "state.json").is_file():
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [folder / entry["filename"] for entry in state["_data_files"]]
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        found = [folder / name for name in names]
+    else:
+        found = [file for file in sorted(folder.iterdir()) if file_kind(file)]
+        if not found and (folder / "data").is_dir():
+            found = [file for file in sorted((folder / "data").iterdir()) if file_kind(file)]
+    if not found:
+        folders = sorted(child.name for child in folder.iterdir() if child.is_dir())[:5]
+        advice = f"; give one of its folders: {', '.join(folders)}" if folders else ""
+        known = ", ".join(FILE_TYPES)
+        raise UserError(f"{folder}: the folder holds no {known} file{advice}")
+    chosen = of_split(found, split)
+    names = ", ".join(path.name for path in chosen[:3] or found[:3])
+    if not chosen:
+        raise UserError(f"{folder}: holds no training split, only {names}; give one of them")
+    if len(chosen) < len(found):
+        print(f"data  {folder}: {len(chosen)} of {len(found)} files or splits, by name: {names}")
+    parts = [folder_files(path, split) if path.is_dir() else [path] for path in chosen]
+    return [file for part in parts for file in part]
+
+
+def load_hub(source: HubSource, limit: int | None, split: str = "train") -> list[tuple]:
+    """[(file, row number, record)] of a HubSource; a streamed one only up to limit rows. JSON and
+    CSV repositories are read by read_file, since `datasets` infers types. Raises UserError."""
+    import datasets
 
     split = source.eval_split if split == "eval" and source.eval_split else source.split
     try:
-        loaded = load_dataset(source.path, source.config, split=split, streaming=source.stream)
-        return list(loaded.take(limit or STREAM_ROWS)) if source.stream else loaded
+        builder = datasets.load_dataset_builder(source.path, source.config)
+        if builder.name in ("json", "csv") and not source.stream:
+            files = [str(file) for file in builder.config.data_files[split]]
+            copies = datasets.DownloadManager().download(files)
+            parts = [(name, read_file(path, name)) for name, path in zip(files, copies)]
+            return [(name, *record) for name, part in parts for record in part]
+        records = datasets.load_dataset(
+            source.path, source.config, split=split, streaming=source.stream
+        )
+        records = records.take(limit or STREAM_ROWS) if source.stream else records
+        return [(source.path, i, record) for i, record in enumerate(records, 1)]
+    except UserError:
+        raise
     except Exception as error:  # the library raises many types
         name = source.path + (f" ({source.config})" if source.config else "")
         what = f"{name}, split {split}, from the Hugging Face hub"
@@ -318,7 +719,10 @@ SPEC_FORM = re.compile(r"(?:(?P<label>[^=/\\#]+)=)?(?P<source>[^#]+)(?:#(?P<coun
 
 
 def parse_spec(spec: str) -> tuple[str | None, str, int | None]:
-    """`[label=]SOURCE[#N]` -> (label or None, source, N or None). Raises UserError."""
+    """`[label=]SOURCE[#N]` -> (label or None, source, N or None). What is a file or folder's whole
+    name is that. Raises UserError."""
+    if spec and Path(spec).exists():
+        return None, spec, None
     match = SPEC_FORM.fullmatch(spec)
     if not match or match["count"] == "0":
         raise UserError(f"{spec!r} is no dataset; expected [label=]SOURCE[#N] with N at least 1")
@@ -332,51 +736,60 @@ def read_source(source: str, limit: int | None, split: str) -> tuple[list, str, 
         task = source[4:] or None
         records = [(row.file, row.number, row) for row in toy_rows(task, split)]
         return records, task or "toy", None if task else "task"
-    path, column, records = Path(source), None, []
-    known = ", ".join(FILE_TYPES)
+    path, known = Path(source), ", ".join(FILE_TYPES)
+    files, label = [path], path.name
     if path.is_dir():
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in FILE_TYPES)
-        if not found:
-            raise UserError(f"{source}: the folder holds no {known} file")
-        parts, label = [(str(file), _load_file(file)) for file in found], path.resolve().name
+        files, label = folder_files(path, split), path.resolve().name
     elif path.is_file():
-        if path.suffix.lower() not in FILE_TYPES:
+        if not file_kind(path):
             raise UserError(f"{source}: unknown file type {path.suffix!r}; expected one of {known}")
-        parts, label = [(source, _load_file(path))], path.stem
-    elif path.suffix.lower() in FILE_TYPES or source[0] in "./~" or source.count("/") > 1:
+        while Path(label).suffix.lower() in {**FILE_TYPES, **COMPRESSION}:
+            label = Path(label).stem
+    elif file_kind(path) or source[0] in "./~" or source.count("/") > 1:
         raise UserError(f"{source}: no such file or folder")
     elif source not in ALIASES and "/" not in source:
         aliases = ", ".join(sorted(ALIASES))
         raise UserError(f"{source}: no such file, folder or alias; aliases are toy, {aliases}")
     else:
         entries = ALIASES.get(source) or [HubSource(source)]
-        parts = [(entry.path, load_hub(entry, limit, split)) for entry in entries]
-        label, column = source.split("/")[-1], entries[0].source_column
-    for file, part in parts:
-        records += [(file, number, record) for number, record in enumerate(part, 1)]
-    return records, label, column
+        parts = [load_hub(entry, limit, split) for entry in entries]
+        records = [record for part in parts for record in part]
+        return records, source.split("/")[-1], entries[0].source_column
+    parts = [(str(file), read_file(file)) for file in files]
+    return [(file, *record) for file, part in parts for record in part], label, None
 
 
-def _rows_by_group(records: list, column: str | None) -> dict:
-    """{value of the column: rows}; one group, None, where there is no column. Raises UserError."""
+def _read_groups(records: list, column: str | None) -> dict[str | None, Dataset]:
+    """{value of the column: what was read}; one group, None, where there is no column. Raises
+    UserError."""
     groups = {}
     for file, number, record in records:
+        group, rows, left_out, unused = None, [record], {}, set()
         if isinstance(record, Row):  # toy, whose tasks keep their order
-            group, rows = file.removeprefix("toy/") if column else None, [record]
-        elif column and record.get(column) is None:
-            keys = sorted(record)
-            raise UserError(f"{file}, row {number}: no column {column!r} to split by; keys {keys}")
+            group = file.removeprefix("toy/") if column else None
         else:
+            rows, state = read_record(record, file, number)
+            left_out, unused = state.left_out, state.unused_columns()
+            if column and record.get(column) is None:
+                problem = f"no column {column!r} to split by; keys {sorted(record)}"
+                raise UserError(f"{file}, row {number}: {problem}")
             group = _text(record[column]) if column else None
-            rows = rows_from_record(record, file, number)
-        groups.setdefault(group, []).extend(rows)
+            unused.discard(str(column).strip().lower().replace(" ", "_"))
+        read = groups.setdefault(group, Dataset("", [], Counter(), []))
+        read.left_out.update(left_out)
+        read.unused += sorted(unused.difference(read.unused))
+        for row in rows:
+            if row.response.strip() or row.keys:
+                read.rows.append(row)
+            else:
+                read.left_out["empty response"] += 1
     return groups if column == "task" else {key: groups[key] for key in sorted(groups, key=str)}
 
 
 def load_spec(spec: str, source_column: str | None, seed: int, split: str) -> list[Dataset]:
     """One SPEC -> its datasets: one, or one a value of --source_column or the alias's own column.
-    #N keeps N random rows (drawn with seed) in file order. Rows whose response is blank are skipped
-    and counted. split "eval" (for --eval_data): toy's held-out rows, and an alias's test split
+    #N keeps N random rows (drawn with seed) in file order. Rows whose response is blank are left
+    out and counted. split "eval" (for --eval_data): toy's held-out rows, and an alias's test split
     where it has one. Raises UserError."""
     label, source, count = parse_spec(spec)
     records, default_label, column = read_source(source, count, split)
@@ -390,15 +803,14 @@ def load_spec(spec: str, source_column: str | None, seed: int, split: str) -> li
     if not records:
         raise UserError(f"{spec}: no rows")
     result = []
-    for group, rows in _rows_by_group(records, column).items():
+    for group, read in _read_groups(records, column).items():
         name = group if column else default_label
         if label:
             name = f"{label}/{group}" if column else label
-        kept = [row for row in rows if row.response.strip()]
-        if not kept:
-            raise UserError(f"{spec}: dataset {name!r} has no row with a response")
-        empty = len(rows) - len(kept)
-        result.append(Dataset(name, kept, {"empty response": empty} if empty else {}))
+        if not read.rows:
+            why = ", ".join(f"{reason}: {n}" for reason, n in read.left_out.items())
+            raise UserError(f"{spec}: dataset {name!r} has no row with a response ({why})")
+        result.append(replace(read, label=name, left_out=dict(read.left_out)))
     return result
 
 
@@ -476,58 +888,49 @@ def toy_rows(task: str | None = None, split: str = "train") -> list[Row]:
     return result
 
 
-# ---- Templates and tokens: rows -> examples ------------------------------------------------------
+# ---- Templates: every prompt is a chat template of the tokenizer ---------------------------------
 
-ALPACA_TASK = "Below is an instruction that describes a task"
-ALPACA_INPUT = ", paired with an input that provides further context"
-ALPACA_REQUEST = ". Write a response that appropriately completes the request."
-HEADINGS = {"user": "Instruction:\n", "assistant": "Response:"}
-HEADINGS |= {"tool": "Tool:\n", "system": "System:\n"}
+# Stanford Alpaca's prompt. Earlier turns are more sections, a system message is its preamble, a
+# turn's `input` (Alpaca's field) a section of its own.
+ALPACA = """
+{%- set headings = {'user': 'Instruction:\\n', 'assistant': 'Response:', 'tool': 'Tool:\\n',
+    'system': 'System:\\n'} -%}
+{%- set found = namespace(input=false) -%}
+{%- for m in messages if m.input -%}{%- set found.input = true -%}{%- endfor -%}
+{%- if messages[0].role == 'system' -%}
+{{ messages[0].content }}
+{%- else -%}
+{{ 'Below is an instruction that describes a task' }}
+{%- if found.input -%}
+{{ ', paired with an input that provides further context' }}
+{%- endif -%}
+{{ '. Write a response that appropriately completes the request.' }}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if not (loop.first and m.role == 'system') -%}
+{{ '\\n\\n### ' ~ headings[m.role] ~ m.content }}
+{%- endif -%}
+{%- if m.input -%}{{ '\\n\\n### Input:\\n' ~ m.input }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '\\n\\n### Response:' }}
+{%- elif messages[-1].role == 'assistant' -%}{{ eos_token }}{%- endif -%}
+"""
+# The messages one below the other, nothing added.
+PLAIN = """
+{%- for m in messages -%}
+{{ m.content }}{%- if m.input -%}{{ '\\n' ~ m.input }}{%- endif -%}
+{%- if loop.last and m.role == 'assistant' and not add_generation_prompt -%}
+{{ eos_token }}{%- else -%}{{ '\\n' }}{%- endif -%}
+{%- endfor -%}
+"""
+TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}
+CLOCK = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # today's date, in a template
 
 
-def alpaca_prompt(row: Row) -> str:
-    """Stanford Alpaca's prompt; earlier turns are more sections, a system message its preamble."""
-    messages = list(row.messages)
-    preamble = ALPACA_TASK + (ALPACA_INPUT if row.input else "") + ALPACA_REQUEST
-    if messages and messages[0][0] == "system":
-        preamble = messages.pop(0)[1]
-    sections = [f"### {HEADINGS[role]}{content}" for role, content in messages]
-    if row.input:
-        sections.append(f"### Input:\n{row.input}")
-    return "\n\n".join([preamble, *sections, "### Response:"])
-
-
-def plain_prompt(row: Row) -> str:
-    """The messages one below the other, nothing added."""
-    lines = [content for _, content in row.messages]
-    return "\n".join(lines + ([row.input] if row.input else [])) + "\n"
-
-
-def chat_parts(row: Row, tokenizer) -> tuple[str, str]:
-    """-> (prompt, response) as text by the tokenizer's own chat template. Raises UserError where
-    the template renders the prompt differently once the response follows."""
-    messages = [{"role": role, "content": content} for role, content in row.messages]
-    answer = {"role": "assistant", "content": row.response}
-    if row.input:
-        messages[-1]["content"] += "\n\n" + row.input
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
-    try:
-        try:
-            prompt = render(messages, add_generation_prompt=True)
-        except Exception:  # no system role (Gemma): the first user turn takes its text
-            if messages[0]["role"] != "system" or len(messages) < 2:
-                raise
-            system = messages.pop(0)
-            messages[0]["content"] = system["content"] + "\n\n" + messages[0]["content"]
-            prompt = render(messages, add_generation_prompt=True)
-        full = render([*messages, answer])
-    except Exception as error:
-        problem = f"the chat template fails ({error}); try --template alpaca"
-        raise UserError(f"{row.where}: {problem}") from None
-    if not full.startswith(prompt):
-        problem = "the chat template changes the prompt once a response follows, so the boundary"
-        raise UserError(f"{row.where}: {problem} between them is unclear; try --template alpaca")
-    return prompt, full[len(prompt) :].rstrip()
+def adds_bos(tokenizer) -> bool:
+    """Whether the tokenizer itself begins a text with BOS (Llama, Gemma: yes; GPT-2, Qwen: no)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
 
 def pick_template(name: str, tokenizer) -> str:
@@ -540,6 +943,266 @@ def pick_template(name: str, tokenizer) -> str:
     return name
 
 
+def template_text(name: str, tokenizer) -> str:
+    """The Jinja text of alpaca, plain, chat (the tokenizer's own) or a Jinja file. Raises
+    UserError."""
+    if name in TEMPLATES:
+        return ("{{ bos_token }}" if adds_bos(tokenizer) else "") + TEMPLATES[name]
+    if name == "chat":
+        return tokenizer.get_chat_template()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = "auto, alpaca, chat, plain or a Jinja file"
+        raise UserError(f"--template {name}: expected {known} ({error})") from None
+
+
+def template_date(name: str, tokenizer, first: str | None = None) -> str | None:
+    """The date (YYYY-MM-DD) that a template which writes today's writes for good: `first`, that of
+    the run's first start, else today. None for a template without one."""
+    if not CLOCK.search(template_text(name, tokenizer)):
+        return None
+    return first or datetime.date.today().isoformat()
+
+
+def with_template(tokenizer, name: str, date: str | None = None):
+    """-> a copy of the tokenizer whose chat template is the one of --template (pick_template's
+    choice), tried once. date (YYYY-MM-DD) takes the place of today's in templates that write it,
+    so that what is saved renders what was trained. Raises UserError."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no EOS token, so the model could not learn to stop")
+    text = template_text(name, tokenizer)
+    day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    result = copy.copy(tokenizer)
+    result.chat_template = CLOCK.sub(lambda found: repr(day.strftime(found[2])), text)
+    where = f" of {tokenizer.name_or_path}" if name == "chat" and tokenizer.name_or_path else ""
+    try:
+        Template(result).ids([Row((("user", "One?"),), "Two.")])
+    except UserError as error:
+        problem = str(error).split(": ", 1)[1].removesuffix("; try --template alpaca")
+        advice = "" if name in TEMPLATES else "; try --template alpaca"
+        raise UserError(f"--template {name}{where}: cannot be used: {problem}{advice}") from None
+    return result
+
+
+def _pieces(content: str) -> list[str]:
+    """What of a turn's text must be in what a template renders: a think block and what follows it
+    are moved apart and trimmed."""
+    return [part.removeprefix("<think>").strip() for part in content.strip().split("</think>")]
+
+
+def _holds(text: str, piece: str) -> bool:
+    return piece in text or json.dumps(piece, ensure_ascii=False)[1:-1] in text
+
+
+def _function_names(keys: str, column: str = "") -> list[str]:
+    """Names of the tools of a row, or of the calls of a turn's keys."""
+    found = json.loads(keys) if keys else []
+    entries = found.get(column, []) if column else found
+    return [entry.get("function", entry).get("name", "") for entry in entries]
+
+
+class Template:
+    """The chat template of a tokenizer (with_template) and what training must know of it: where a
+    response begins, what ends a turn, which text is a special token and which a user wrote."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.special = {token.content: i for i, token in added.items() if token.special}
+        alone = sorted(self.special, key=len, reverse=True)
+        self.marker = re.compile("|".join(map(re.escape, alone)) or r"(?!)")
+        stripped = [self._with_space(token) for token in added.values() if token.special]
+        self.apart = re.compile(f"({'|'.join(stripped)})" if stripped else r"(?!)")
+        self.seen = {}  # shape of a dialogue -> the turn that the template leaves out, or None
+        probe = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+        first = [{**probe[0], "input": "More"}]
+        question = self._apply(first, None, True, Row(probe, ""))
+        self.takes_input = "More" in question
+        self.opening = question.removeprefix(self._apply(first, None, False, Row(probe, "")))
+        full = self._apply(probe, None, False, Row(probe, ""))
+        self.after = full[full.rfind("Two.") + 4 :]
+        # the template's own end of turn: the first added token after an answer, None without one
+        places = {self.after.find(t.content): t.content for t in added.values()}
+        self.end = places.get(min((at for at in places if at >= 0), default=None))
+        self.end_token = self._id(self.end) if self.end else tokenizer.eos_token_id
+
+    @staticmethod
+    def _with_space(token) -> str:
+        """Pattern of an added token, with the white space that it swallows."""
+        left, right = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+        return left + re.escape(token.content) + right
+
+    def _id(self, token: str) -> int:
+        return self.tokenizer.convert_tokens_to_ids(token)
+
+    def _apply(self, messages: list, tools: list | None, generate: bool, row: Row) -> str:
+        """The tokenizer's own rendering. Raises UserError naming the row."""
+        options = {"tokenize": False, "add_generation_prompt": generate}
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+        except Exception as error:  # raise_exception of the template, and Jinja's own types
+            problem = f"the chat template fails ({error}); try --template alpaca"
+            raise UserError(f"{row.where}: {problem}") from None
+
+    def _messages(self, row: Row) -> list[dict]:
+        """The turns before the response as the tokenizer takes them."""
+        messages = []
+        for role, content, *keys in row.messages:
+            more = json.loads(keys[0]) if keys else {}
+            messages.append({"role": role, "content": content, **more})
+        if row.input and self.takes_input:
+            messages[-1]["input"] = row.input
+        elif row.input:
+            messages[-1]["content"] += "\n\n" + row.input
+        return messages
+
+    def _render(self, row: Row) -> tuple[str, str]:
+        """-> (text up to where the response begins, text with the response). Raises UserError."""
+        messages, tools = self._messages(row), json.loads(row.tools) if row.tools else None
+        answer = {"role": "assistant", "content": row.response}
+        answer |= json.loads(row.keys) if row.keys else {}
+        try:
+            prompt = self._apply(messages, tools, True, row)
+        except UserError:  # no system role (Gemma): the first user turn takes its text
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise
+            system = messages.pop(0)["content"]
+            messages[0]["content"] = system + "\n\n" + messages[0]["content"]
+            prompt = self._apply(messages, tools, True, row)
+        full = self._apply([*messages, answer], tools, False, row)
+        if not full.startswith(prompt):  # Qwen3 after two assistant turns: another think block
+            at = full.rfind(self.opening) if self.marker.search(self.opening) else -1
+            if at >= 0:
+                return full[: at + len(self.opening)], full
+            problem = "the chat template changes the prompt once a response follows, so the"
+            problem += " boundary between them is unclear; try --template alpaca"
+            raise UserError(f"{row.where}: {problem}")
+        return prompt, full
+
+    def _left_out(self, row: Row) -> str | None:
+        """The first thing of a row that the template does not render, in words. Turns are told
+        apart by standing in for their texts; each shape of a dialogue is tried once."""
+        roles = tuple((role, bool(text.strip()), *keys) for role, text, *keys in row.messages)
+        shape = roles, bool(row.response.strip()), bool(row.input), row.keys, row.tools
+        if shape not in self.seen:
+            marked = []
+            for i, (role, text, *keys) in enumerate(row.messages):
+                marked.append((role, f"Turn{i}." if text.strip() else "", *keys))
+            response = "Answer." if row.response.strip() else ""
+            extra = "Input." if row.input else ""
+            one = replace(row, messages=tuple(marked), response=response, input=extra)
+            prompt, full = self._render(one)
+            lost = [role for role, text, *_ in marked if text not in prompt]
+            lost += ["input"] if extra not in prompt else []
+            lost += ["assistant"] if response not in full[len(prompt) :] else []
+            self.seen[shape] = f"the {lost[0]} turn's text" if lost else None
+        return self.seen[shape]
+
+    def _check(self, row: Row, prompt: str, answer: str) -> None:
+        """Raise UserError unless what went into the template is in what came out; the think blocks
+        of earlier answers may be left out."""
+        lost = self._left_out(row)
+        for role, text, *keys in row.messages:
+            if not _holds(prompt, _pieces(text)[-1] if role == "assistant" else text.strip()):
+                lost = lost or f"the {role} turn's text"
+            for name in _function_names(keys[0], "tool_calls") if keys else []:
+                lost = lost or (None if name in prompt else f"the call of {name}")
+        for name in _function_names(row.tools):
+            lost = lost or (None if name in prompt else f"the tool {name}")
+        if row.keys:
+            for name in _function_names(row.keys, "tool_calls"):
+                lost = lost or (None if name in answer else f"the call of {name}")
+            reasoning = json.loads(row.keys).get("reasoning_content", "").strip()
+            lost = lost or (None if _holds(answer, reasoning) else "the reasoning")
+        if not all(_holds(answer, piece) for piece in _pieces(row.response)):
+            lost = lost or "the response"
+        if lost:
+            raise UserError(f"{row.where}: the chat template leaves out {lost}")
+
+    def text(self, row: Row) -> tuple[str, str]:
+        """-> (prompt, response with the template's own end of turn where it has one). Raises
+        UserError naming the row."""
+        prompt, full = self._render(row)
+        answer = full[len(prompt) :]
+        self._check(row, prompt, answer)
+        at = answer.rfind(self.end) if self.end else -1
+        if at >= 0:
+            return prompt, answer[: at + len(self.end)]
+        return prompt, answer.removesuffix(self.after)
+
+    def _stand_ins(self, row: Row) -> tuple[Row, str]:
+        """The row with special tokens that its own text spells out replaced by <mark>i<mark>, so
+        that those left in the rendering are the template's; and the mark, "" where there are
+        none."""
+        text = json.dumps([row.messages, row.response, row.input, row.keys, row.tools])
+        if not self.marker.search(text):
+            return row, ""
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if f"\\u{code:x}" not in text)
+        names = list(self.special)
+
+        def hide(text: str) -> str:
+            return self.marker.sub(lambda found: f"{mark}{names.index(found[0])}{mark}", text)
+
+        messages = tuple((role, *map(hide, rest)) for role, *rest in row.messages)
+        texts = {key: hide(getattr(row, key)) for key in ("response", "input", "keys", "tools")}
+        return replace(row, messages=messages, **texts), mark
+
+    def _split_ids(self, text: str, mark: str) -> list[int]:
+        """Ids of a rendered text with stand-ins: the template's tokens, and text between them."""
+        ids, names = [], list(self.special)
+        for i, part in enumerate(self.apart.split(text)):
+            if i % 2:
+                ids.append(self.special[self.marker.search(part)[0]])
+            elif part:
+                shown = re.sub(f"{mark}(\\d+){mark}", lambda found: names[int(found[1])], part)
+                ids += self._tokenize([shown], split_special_tokens=True)[0]
+        return ids
+
+    def _tokenize(self, texts: list[str], **options) -> list[list[int]]:
+        options |= {"add_special_tokens": False, "verbose": False}
+        return self.tokenizer(texts, **options).input_ids if texts else []
+
+    def prompt_ids(self, row: Row) -> list[int]:
+        """Ids up to where the response begins."""
+        row, mark = self._stand_ins(row)
+        prompt = self._render(row)[0]
+        return self._split_ids(prompt, mark) if mark else self._tokenize([prompt])[0]
+
+    def ids(self, rows: list[Row]) -> list[tuple[list[int], list[int]]]:
+        """-> (prompt ids, response ids with one end of turn) of each row. The response is what
+        follows the prompt's ids in the joint tokenisation, or tokenised apart where that differs;
+        a plain text follows BOS where the tokenizer adds one. Raises UserError."""
+        result, texts, places = [None] * len(rows), [], []
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        for i, row in enumerate(rows):
+            if not row.messages:
+                text = self._tokenize([row.response], split_special_tokens=True)[0]
+                result[i] = [bos] if adds_bos(self.tokenizer) else [], [*text, eos]
+                continue
+            row, mark = self._stand_ins(row)
+            prompt, response = self.text(row)
+            if mark:
+                result[i] = self._split_ids(prompt, mark), self._split_ids(response, mark)
+            else:
+                texts += [prompt, prompt + response, response]
+                places.append(i)
+        tokens = self._tokenize(texts)
+        for i, at in zip(places, range(0, len(texts), 3)):
+            prompt, joint, response = tokens[at : at + 3]
+            if joint[: len(prompt)] == prompt:
+                response = joint[len(prompt) :]
+            result[i] = prompt, response
+        last = {*self.special.values(), self.end_token}
+        return [(p, r if r and r[-1] in last else [*r, eos]) for p, r in result]
+
+
+def end_token(tokenizer) -> int:
+    """The token that ends a turn under the tokenizer's template: where generation must stop."""
+    return Template(tokenizer).end_token
+
+
+# ---- Tokens: rows -> examples --------------------------------------------------------------------
 @dataclass(frozen=True)
 class Example:
     """A tokenised Row: ids[start:] is supervised, ids[:start] is context."""
@@ -548,111 +1211,86 @@ class Example:
     start: int  # at least 1: the first token has nothing that predicts it
     row: int  # index of the Row in its Dataset
     dataset: int = 0  # index of the Dataset
+    cut: bool = False  # whether --max_length cut off the end of turn
 
     @property
     def response_length(self) -> int:
         return len(self.ids) - self.start
 
 
-def adds_bos(tokenizer) -> bool:
-    """Whether the tokenizer itself begins a text with BOS (Llama, Gemma: yes; GPT-2, Qwen: no)."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
-
-
-def _prompt_and_response(row: Row, tokenizer, template: str) -> tuple[str, str, bool]:
-    """-> (prompt, response, whether the special tokens in them are a chat template's own)."""
-    if not row.messages:
-        return "", row.response, False
-    if template == "chat":
-        return (*chat_parts(row, tokenizer), True)
-    prompt = alpaca_prompt(row) if template == "alpaca" else plain_prompt(row)
-    return prompt, row.response, False
-
-
-def _split_ids(texts: list, tokenizer) -> list[tuple[list[int], list[int]]]:
-    """[(prompt, response, are special tokens in them real ones)] -> [(prompt ids, response ids)]:
-    what follows the prompt's ids in the joint tokenisation, or tokenised apart where it differs."""
-    result = [None] * len(texts)
-    for special in {text[2] for text in texts}:
-        options = {"add_special_tokens": False, "verbose": False}
-        ids = partial(tokenizer, split_special_tokens=not special, **options)
-        chosen = [i for i, text in enumerate(texts) if text[2] == special]
-        prompts = ids([texts[i][0] for i in chosen]).input_ids
-        joints = ids([texts[i][0] + texts[i][1] for i in chosen]).input_ids
-        for i, prompt, joint in zip(chosen, prompts, joints):
-            response = joint[len(prompt) :]
-            if joint[: len(prompt)] != prompt:
-                response = ids(texts[i][1]).input_ids
-            result[i] = prompt, response
-    return result
-
-
 CHUNK = 1000  # rows tokenised at once
+CUT = "cut at --max_length"
 
 
 def encode(
-    rows: list[Row], tokenizer, template: str, max_length: int, dataset: int = 0, progress: str = ""
+    rows: list[Row], tokenizer, max_length: int, dataset: int = 0, progress: str = ""
 ) -> tuple[list[Example], dict[str, int]]:
-    """Tokenise rows -> (examples, {reason: rows skipped}). Supervised are the response and one EOS.
-    One BOS where the tokenizer adds one, none beside a chat template's. Too long: cut on the right,
-    skipped where no response is left. Special tokens in data are text, but for chat templates."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    if eos is None:
-        raise UserError("the tokenizer has no EOS token, so the model could not learn to stop")
-    begin, plain_begin = [bos] if adds_bos(tokenizer) else [], [] if bos is None else [bos]
-    examples, skipped = [], Counter()
+    """Tokenise rows by the tokenizer's template (with_template) -> (examples, {reason: rows left
+    out or cut}). Supervised are the response and one end of turn. Too long: cut on the right, left
+    out where no response remains. Raises UserError."""
+    template = Template(tokenizer)
+    examples, counts = [], Counter()
     starts, hidden = range(0, len(rows), CHUNK), not progress or len(rows) < 2 * CHUNK
-    bar = tqdm(starts, f"tokenise {progress}", disable=hidden, unit="k rows", leave=False)
-    for at in bar:
-        block = rows[at : at + CHUNK]
-        texts = [_prompt_and_response(row, tokenizer, template) for row in block]
-        for i, (prompt, response) in enumerate(_split_ids(texts, tokenizer)):
-            if texts[i][2]:
-                context = prompt
-                if response[-1:] == [eos]:
-                    response = response[:-1]  # the template's own end of turn
-            else:
-                context = begin + prompt if block[i].messages else plain_begin
-            ids = (context + response + [eos])[:max_length]
-            start, reason = max(1, len(context)), None
-            if not response:
-                reason = "empty response"
-            elif eos in response:
-                reason = "end token inside the response"
+    for at in tqdm(starts, f"tokenise {progress}", disable=hidden, unit="k rows", leave=False):
+        pairs = template.ids(rows[at : at + CHUNK])
+        for row, (context, response) in enumerate(pairs, at):
+            ids, start = (context + response)[:max_length], max(1, len(context))
+            cut = len(ids) < len(context) + len(response)
+            if len(response) < 2:
+                counts["empty response"] += 1
             elif len(ids) <= start:
-                reason = "prompt fills max_length"
-            if reason:
-                skipped[reason] += 1
+                counts["prompt fills max_length"] += 1
             else:
-                examples.append(Example(np.array(ids, dtype=np.int64), start, at + i, dataset))
-    return examples, dict(skipped)
+                counts[CUT] += cut
+                examples.append(Example(np.array(ids, dtype=np.int64), start, row, dataset, cut))
+    return examples, {reason: count for reason, count in counts.items() if count}
 
 
-def encode_datasets(sets: list[Dataset], tokenizer, template: str, max_length: int, quiet=False):
-    """encode() over datasets -> a list of examples for each; prints what was skipped.
-    Raises UserError where a dataset keeps nothing."""
+def encode_datasets(sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False):
+    """encode() over datasets -> a list of examples for each; adds what was left out or cut to each
+    Dataset's left_out, and prints it. Raises UserError where a dataset keeps nothing."""
     result = []
     for k, dataset in enumerate(sets):
         progress = "" if quiet else dataset.label
-        examples, found = encode(dataset.rows, tokenizer, template, max_length, k, progress)
-        skipped = dict(Counter(dataset.skipped) + Counter(found))
+        examples, found = encode(dataset.rows, tokenizer, max_length, k, progress)
+        dataset.left_out = dict(Counter(dataset.left_out) + Counter(found))
         if not quiet:
             tokens = sum(example.response_length for example in examples)
-            note = "".join(f", skipped {count} ({key})" for key, count in skipped.items())
             counts = f"{len(examples):,} examples, {tokens:,} response tokens"
-            print(f"data  {dataset.label}: {counts}{note}")
+            print(f"data  {dataset.label}: {counts}{notes(dataset)}")
         if not examples:
-            problem = f"no example is left at --max_length {max_length}; skipped: {skipped}"
+            problem = f"no example is left at --max_length {max_length}; {dataset.left_out}"
             raise UserError(f"dataset {dataset.label!r}: {problem}")
         result.append(examples)
     return result
 
 
-def encode_choices(rows: list[Row], tokenizer, template: str, max_length: int) -> tuple[list, dict]:
-    """Multiple-choice rows -> (questions, {reason: rows skipped}). A question is a list of Example,
-    one a choice, without an end token: they differ in the answer alone. All must fit. Raises
-    UserError."""
+def notes(dataset: Dataset) -> str:
+    """What of a dataset was cut, left out or not used, for the terminal."""
+    left_out = dict(dataset.left_out)
+    cut = left_out.pop(CUT, 0)
+    parts = [f", {cut:,} {CUT}"] if cut else []
+    if left_out:
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
+        parts.append(f"; left out: {reasons}")
+    if dataset.unused:
+        parts.append(f"; columns not used: {', '.join(dataset.unused)}")
+    return "".join(parts)
+
+
+def ids_fingerprint(examples: Iterable[Example]) -> str:
+    """sha256 over the token ids and boundaries of examples in order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([len(example.ids), example.start]).tobytes())
+        digest.update(example.ids.tobytes())
+    return digest.hexdigest()
+
+
+def encode_choices(rows: list[Row], tokenizer, max_length: int) -> tuple[list, dict]:
+    """Multiple-choice rows -> (questions, {reason: rows left out}). A question is a list of
+    Example, one a choice, without an end token: they differ in the answer alone. All must fit.
+    Raises UserError."""
     flat, owner = [], []
     for number, row in enumerate(rows):
         if len(row.choices) < 2:
@@ -661,8 +1299,8 @@ def encode_choices(rows: list[Row], tokenizer, template: str, max_length: int) -
         flat += [replace(row, response=choice) for choice in row.choices]
         owner += [number] * len(row.choices)
     found = {number: [] for number in range(len(rows))}
-    for example in encode(flat, tokenizer, template, max_length)[0]:
-        if example.ids[-1] == tokenizer.eos_token_id and example.response_length > 1:  # not cut
+    for example in encode(flat, tokenizer, max_length)[0]:
+        if not example.cut:
             number = owner[example.row]
             found[number].append(replace(example, ids=example.ids[:-1], row=number))
     whole = [found[i] for i, row in enumerate(rows) if len(found[i]) == len(row.choices)]
@@ -670,11 +1308,15 @@ def encode_choices(rows: list[Row], tokenizer, template: str, max_length: int) -
     return whole, {"a choice does not fit": cut} if cut else {}
 
 
-def show_examples(examples: list[Example], tokenizer, count: int = 2) -> None:
-    """Print examples decoded, each supervised token between ⟦ ⟧."""
-    for example in examples[:count]:
-        context = tokenizer.decode(example.ids[: example.start].tolist())
-        marked = [f"⟦{tokenizer.decode([i])}⟧" for i in example.ids[example.start :].tolist()]
-        counts = f"{example.start} context tokens, {example.response_length} supervised ⟦⟧"
-        print(f"--- row {example.row}: {counts}\n{context}{''.join(marked)}")
+def show_examples(examples: Iterable[Example], tokenizer, count: int = 2) -> None:
+    """Print the first examples of each dataset decoded, what is supervised between ⟦ and ⟧."""
+    shown = Counter()
+    for example in examples:
+        shown[example.dataset] += 1
+        if shown[example.dataset] <= count:
+            context = tokenizer.decode(example.ids[: example.start].tolist())
+            response = tokenizer.decode(example.ids[example.start :].tolist())
+            counts = f"{example.start} context tokens, {example.response_length} supervised ⟦⟧"
+            print(f"--- dataset {example.dataset}, row {example.row}: {counts}")
+            print(f"{context}⟦{response}⟧")
     print("---", flush=True)

@@ -28,7 +28,7 @@ import json
 import math
 import re
 from argparse import Namespace
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -809,13 +809,14 @@ def read_fixed_mixture(args: Namespace, labels: list[str], sizes: list[int]) -> 
     return weights / weights.sum()
 
 
-def make_side(rows: list[data.Row], metric: str, args: Namespace, tokenizer) -> Side:
-    """Rows of one side of a split -> what is measured on them."""
-    options = tokenizer, args.template, args.max_length
-    responses = data.encode(rows, *options)[0]
+def make_side(rows: list, metric: str, args: Namespace, tokenizer, left_out: Counter) -> Side:
+    """Rows of one side of a split -> what is measured on them. left_out: is added to."""
+    responses, found = data.encode(rows, tokenizer, args.max_length)
     if metric == "nll":
+        left_out.update(found)
         return Side(responses, [], [], responses)
-    questions = data.encode_choices(rows, *options)[0]
+    questions, found = data.encode_choices(rows, tokenizer, args.max_length)
+    left_out.update(found)
     answers = [rows[question[0].row].answer for question in questions]
     return Side(sum(questions, []), [len(question) for question in questions], answers, responses)
 
@@ -828,18 +829,17 @@ def make_domain(dataset: data.Dataset, args: Namespace, tokenizer) -> Domain:
         role = "target" if label in args.targets else "constraint"
     metric = "error" if label in args.accuracy else "nll"
     parts = split_rows(dataset.rows, args.validation_fraction, label)
-    validation, test = (make_side(rows, metric, args, tokenizer) for rows in parts)
+    left_out = Counter(dataset.left_out)
+    validation, test = (make_side(rows, metric, args, tokenizer, left_out) for rows in parts)
+    dataset.left_out = dict(left_out)
     for name, side in (("validation", validation), ("test", test)):
         if not side.examples:
             problem = f"no {name} row is left at --max_length {args.max_length}"
             raise UserError(f"evaluation set {label!r}: {problem}")
     kept = [len(side.sizes or side.examples) for side in (validation, test)]
     unit, what = ("questions", "1 - accuracy") if metric == "error" else ("examples", "mean NLL")
-    skipped, note = len(dataset.rows) - sum(kept), ""
-    if skipped:
-        note = f", skipped {skipped:,} (too long, or no response)"
     counts = f"{kept[0]:,} validation and {kept[1]:,} test {unit}"
-    print(f"data  {role} {label}: {counts}, {what}{note}")
+    print(f"data  {role} {label}: {counts}, {what}{data.notes(dataset)}")
     return Domain(label, role, metric, validation, test)
 
 
@@ -861,7 +861,7 @@ def row_tokens(domain: Domain) -> float:
 def make_problem(datasets: list, eval_datasets: list, tokenizer, args: Namespace) -> Problem:
     """Everything that is known before training. How many validation rows decide is the same for
     every --mixture, so that all choose on the same rows. Raises UserError."""
-    examples = data.encode_datasets(datasets, tokenizer, args.template, args.max_length)
+    examples = data.encode_datasets(datasets, tokenizer, args.max_length)
     labels, sizes = [dataset.label for dataset in datasets], [*map(len, examples)]
     fixed = read_fixed_mixture(args, labels, sizes)
     domains = [make_domain(dataset, args, tokenizer) for dataset in eval_datasets]
@@ -934,15 +934,14 @@ def main(argv=None):
     model, tokenizer = common.setup(args)
     problem = make_problem(datasets, eval_datasets, tokenizer, args)
     common.check_gradients(model, problem.examples[0][0], args.dtype)
-    config = common.data_config(datasets, eval_datasets)
+    config = common.data_config(datasets, eval_datasets, sum(problem.examples, []))
     config |= {"update_steps": problem.updates, "validation_rows": problem.rows}
     config["domains"] = {d.label: {"role": d.role, "metric": d.metric} for d in problem.domains}
     run = common.Run("dynamics", args, **config)
     if run.finished:
         return
     if args.show_batch:
-        for part in problem.examples:
-            data.show_examples(part, tokenizer)
+        data.show_examples(sum(problem.examples, []), tokenizer)
     measure_before(model, problem, rules, args, run)
     counts, best = train(model, tokenizer, problem, args, run)
     if best:  # final/ is the best feasible checkpoint, or the last one where none was feasible

@@ -415,17 +415,16 @@ def main(argv=None):
     args = parse_args(argv)
     datasets, eval_datasets = common.load_datasets(args)
     model, tokenizer = common.setup(args)
-    parts = data.encode_datasets(datasets, tokenizer, args.template, args.max_length)
+    parts = data.encode_datasets(datasets, tokenizer, args.max_length)
     arms = {dataset.label: part for dataset, part in zip(datasets, parts)}
     eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
     common.check_gradients(model, parts[0][0], args.dtype)
-    run = common.Run("dynamix_sft", args, **common.data_config(datasets, eval_datasets))
+    config = common.data_config(datasets, eval_datasets, sum(parts, []))
+    run = common.Run("dynamix_sft", args, **config)
     if run.finished:
         return
     if args.show_batch:
-        for label, examples in arms.items():
-            print(f"dataset {label}")
-            data.show_examples(examples, tokenizer, 1)
+        data.show_examples(sum(parts, []), tokenizer)
     plan = make_plan(arms, args)
     if not run.state:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))

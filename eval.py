@@ -133,6 +133,16 @@ class Model:
     def __init__(self, name: str, label: str, args: Namespace, device: torch.device):
         self.name, self.label, self.args, self.device = name, label, args, device
         self.loaded = None  # (model, tokenizer)
+        self.max_length = args.max_length  # or what the model was trained with
+
+    def template(self, name: str):
+        """The loaded tokenizer, with --template's chat template where `name` is auto, else with
+        the template of that name. Raises UserError."""
+        tokenizer = self.load()[1]
+        if name == "auto":
+            name, self.max_length = common.choose_template(self.name, tokenizer, self.args)
+        name = data.pick_template(name, tokenizer)
+        return data.with_template(tokenizer, name, data.template_date(name, tokenizer))
 
     def load(self) -> tuple:
         if self.loaded is None:
@@ -225,13 +235,12 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
         import datasets
 
         try:
-            records = datasets.load_dataset("json", data_files=path, split="train")
-        except Exception as error:  # network, hub and parser raise many types
+            local = datasets.DownloadManager().download(path)
+        except Exception as error:  # network and hub raise many types
             message = f"cannot load {path} from the Hugging Face hub: {cause(error)}"
             raise UserError(message) from None
-    else:
-        records = data.load_hub(source, None, split)
-    return [(path, number, record) for number, record in enumerate(records, 1)]
+        return [(path, *record) for record in data.read_file(local, path)]
+    return data.load_hub(source, None, split)
 
 
 def hold_out(items: list, count: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -284,11 +293,10 @@ def open_folder(folder: Path, models: list[Model], tasks: list[Task]) -> None:
 # ---- Domain evaluation: --eval_data --------------------------------------------------------------
 def run_domain(model: Model, task: Task, store: Predictions, args: Namespace) -> None:
     """Loss, tokens and right tokens of every response (common.score), a line a row."""
-    lm, tokenizer = model.load()
-    template = data.pick_template(args.template, tokenizer)
-    length = min(args.max_length or 2048, common.max_positions(lm))
+    lm, tokenizer = model.load()[0], model.template("auto")
+    length = min(model.max_length or 2048, common.max_positions(lm))
     rows = [data.Dataset(task.name, task.rows)]
-    encoded = data.encode_datasets(rows, tokenizer, template, length)[0]
+    encoded = data.encode_datasets(rows, tokenizer, length)[0]
     examples = {example.row: example for example in encoded}
     done = {row["index"] for row in store.rows}
     left = [i for i in range(len(task.rows)) if i not in done]
@@ -455,7 +463,7 @@ def prepare_choice(name: str, source: str, args: Namespace) -> Task:
 
 
 def encode_questions(
-    how: ChoiceTask, questions: list, shots: list, tokenizer, template: str, length: int
+    how: ChoiceTask, questions: list, shots: list, tokenizer, length: int
 ) -> dict[int, tuple]:
     """-> {place in questions: (Examples of the options, shots used)}. Where all shots do not fit
     into length the first ones go; what does not fit without shots is not in the result."""
@@ -466,7 +474,7 @@ def encode_questions(
             prompt = choice_prompt(how, questions[i], shots[first:])
             answers = scored_answers(questions[i], how.style)
             rows.append(data.Row((("user", prompt),), "", choices=answers))
-        for examples in data.encode_choices(rows, tokenizer, template, length)[0]:
+        for examples in data.encode_choices(rows, tokenizer, length)[0]:
             result[left[examples[0].row]] = examples, len(shots) - first
     return result
 
@@ -495,15 +503,14 @@ def option_scores(model, questions: list[list], batch_size: int, dtype: str) -> 
 
 def run_choice(model: Model, task: Task, store: Predictions, args: Namespace) -> None:
     """Log-likelihood of every option of every question in every round, a line each."""
-    lm, tokenizer = model.load()
+    auto = args.template == "auto"
+    lm, tokenizer = model.load()[0], model.template("plain" if auto else args.template)
     how, length = CHOICE_TASKS[task.name], min(args.max_length or 4096, common.max_positions(lm))
-    asked = "plain" if args.template == "auto" else args.template
-    template = data.pick_template(asked, tokenizer)
     for number, shots in enumerate(task.shots):
         done = {row["index"] for row in store.rows if row["round"] == number}
         left = [question for question in task.rows if question.index not in done]
         for block in blocks(left, BLOCK, f"{task.name} round {number + 1}/{len(task.shots)}"):
-            encoded = encode_questions(how, block, shots, tokenizer, template, length)
+            encoded = encode_questions(how, block, shots, tokenizer, length)
             examples = [examples for examples, _ in encoded.values()]
             scores = option_scores(lm, examples, args.batch_size, args.dtype)
             lines = dict.fromkeys(range(len(block)), {"skipped": "does not fit into max_length"})
@@ -667,8 +674,8 @@ def local_rows(task: str, source: str, args: Namespace) -> dict[str, list]:
         rows, pool = hold_out(rows, shots, data.data_rng(args.seed, f"shots {task}"))
     if len(pool) < shots or not rows:
         raise UserError(f"{source}: too few rows for {shots} shots; give {task}=FILE,SHOTSFILE")
-    rows = [record for *_, record in rows]
-    pool = [record for *_, record in pool]
+    rows = [data.plain(record) for *_, record in rows]
+    pool = [data.plain(record) for *_, record in pool]
     return {"test": rows, "train": pool} if shots else {"test": rows}
 
 
@@ -711,7 +718,8 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
 
     lm, tokenizer = model.load()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    data.pick_template(args.template, tokenizer)  # refuses chat where there is no template
+    chat = args.template not in ("auto", "plain")
+    tokenizer = model.template(args.template) if chat else tokenizer
     folder = args.output_dir / "lm_eval"
     cache = folder / model.label / safe_name(task.name)
     cache.parent.mkdir(parents=True, exist_ok=True)
@@ -720,7 +728,7 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     lm_how["mixed_precision_dtype"] = "bfloat16" if args.dtype == "bf16" else None
     how = {"num_fewshot": args.shots, "limit": args.limit, "task_manager": task_manager()}
     how |= {"use_cache": str(cache), "bootstrap_iters": 0}
-    how["apply_chat_template"] = args.template == "chat"
+    how["apply_chat_template"] = chat
     how["confirm_run_unsafe_code"] = args.allow_code
     try:
         with mock.patch("evaluate.load", load_metric):
@@ -788,23 +796,14 @@ def read_chat_question(file: str, number: int, record: dict) -> dict:
 
 def prepare_chat(name: str, source: str, args: Namespace) -> Task:
     """-> Task with the questions. Raises UserError."""
-    records = read_records(source or CHAT_TASKS[name])
+    found = read_records(source or CHAT_TASKS[name])
+    records = [(file, number, data.plain(record)) for file, number, record in found]
     questions = [read_chat_question(*record) for record in records]
     if len({question["question_id"] for question in questions}) < len(questions):
         raise UserError(f"{name}: two questions have the same question_id")
     own = {"max_new_tokens": args.max_new_tokens, "temperature": 0}
     settings = shared_settings(args, digest([record for *_, record in records]), **own)
     return Task(name, "chat", settings, questions[: args.limit])
-
-
-def prompt_ids(messages: list[tuple], tokenizer, template: str) -> list[int]:
-    """[(role, content), ...] -> token ids up to where the answer begins, as data.encode's."""
-    row = data.Row(tuple(messages), "answer", file="question")
-    if template == "chat":
-        return tokenizer(data.chat_parts(row, tokenizer)[0], add_special_tokens=False).input_ids
-    text = data.alpaca_prompt(row) if template == "alpaca" else data.plain_prompt(row)
-    begin = [tokenizer.bos_token_id] if data.adds_bos(tokenizer) else []
-    return begin + tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
 @torch.no_grad()
@@ -818,7 +817,8 @@ def generate(model, tokenizer, prompts: list[list], max_new_tokens: int, dtype: 
     if room < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: the model has {positions} positions")
     own = model.generation_config.eos_token_id
-    stops = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    stops = sorted(stops | {data.Template(tokenizer).end_token} - {None})
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     kept = [torch.tensor(prompt[-room:], device=model.device) for prompt in prompts]
     ids = pad_sequence(kept, batch_first=True, padding_value=pad, padding_side="left")
@@ -839,8 +839,8 @@ def generate(model, tokenizer, prompts: list[list], max_new_tokens: int, dtype: 
 
 def run_chat(model: Model, task: Task, store: Predictions, args: Namespace) -> None:
     """Answer every question, all of its turns with the history carried, a line a question."""
-    lm, tokenizer = model.load()
-    template = data.pick_template(args.template, tokenizer)
+    lm, tokenizer = model.load()[0], model.template("auto")
+    template = data.Template(tokenizer)
     done = {row["question_id"] for row in store.rows}
     left = [question for question in task.rows if question["question_id"] not in done]
     for batch in blocks(left, args.batch_size, task.name):
@@ -849,7 +849,8 @@ def run_chat(model: Model, task: Task, store: Predictions, args: Namespace) -> N
             asked = [i for i, question in enumerate(batch) if turn < len(question["turns"])]
             for i in asked:
                 history[i].append(("user", batch[i]["turns"][turn]))
-            prompts = [prompt_ids(history[i], tokenizer, template) for i in asked]
+            rows = [data.Row(tuple(history[i]), "", file="question") for i in asked]
+            prompts = [template.prompt_ids(row) for row in rows]
             answers = generate(lm, tokenizer, prompts, args.max_new_tokens, args.dtype)
             for i, (text, was_cut) in zip(asked, answers):
                 history[i].append(("assistant", text))
@@ -1119,10 +1120,12 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--allow_code", action="store_true",
         help="let humaneval and the like run code that the model writes, in limits; default no")
     add = parser.add_argument_group("how").add_argument
-    add("--template", choices=["auto", "alpaca", "chat", "plain"], default="auto",
-        help="auto (default): plain for choices and lm-eval; else the tokenizer's or Alpaca's")
+    add("--template", default="auto", metavar="NAME",
+        help="alpaca, plain, chat, a Jinja file; auto (default): plain for choices and lm-eval, "
+             "else the tokenizer's, which our final/ was trained by, or Alpaca's")
     add("--max_length", type=common.positive_int, metavar="TOKENS",
-        help="prompt and answer; default all positions, up to 2048 in domains, 4096 in choices")
+        help="prompt and answer; default all positions, up to 4096 in choices, in domains what "
+             "our final/ was trained with or 2048")
     add("--max_new_tokens", type=common.positive_int, default=1024, metavar="TOKENS",
         help="longest answer of mt_bench and alpaca_eval; default %(default)s, as FastChat")
     add("--batch_size", type=common.positive_int, default=8, metavar="EXAMPLES",
@@ -1144,7 +1147,7 @@ def prepare(args: Namespace) -> list[Task]:
     """Read everything the command names; nothing is written. Raises UserError."""
     tasks = []
     for domain in data.load_data(args.eval_data, seed=args.seed, split="eval"):
-        rows, extra = domain.rows[: args.limit], {"skipped": sum(domain.skipped.values())}
+        rows, extra = domain.rows[: args.limit], {"skipped": sum(domain.left_out.values())}
         settings = shared_settings(args, data.fingerprint([domain]), max_length=args.max_length)
         tasks.append(Task(domain.label, "domain", settings, rows, extra=extra))
     kinds = dict.fromkeys(CHOICE_TASKS, prepare_choice) | dict.fromkeys(CHAT_TASKS, prepare_chat)

@@ -22,7 +22,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -434,10 +434,10 @@ def write_embeddings(model, examples: list, rows: np.ndarray, conf: np.ndarray, 
 
 
 # ---- Steps 2 and 3 of a run: which rows, which halves --------------------------------------------
-def encode_rows(datasets: list, tokenizer, template: str, max_length: int) -> dict[int, Example]:
+def encode_rows(datasets: list, tokenizer, max_length: int) -> dict[int, Example]:
     """{index of the row over all datasets: Example}; what a tokenizer skips is missing."""
     starts = np.cumsum([0] + [len(dataset.rows) for dataset in datasets])
-    parts = data.encode_datasets(datasets, tokenizer, template, max_length)
+    parts = data.encode_datasets(datasets, tokenizer, max_length)
     return {int(starts[e.dataset]) + e.row: e for part in parts for e in part}
 
 
@@ -448,9 +448,11 @@ def reference_examples(datasets: list, examples: dict, args: Namespace) -> dict[
     ref, tokenizer = common.load_trainable(args.ref_model, args, torch.device("cpu"))
     template = "auto" if args.template == "chat" else args.template
     template = data.pick_template(template, tokenizer)
+    tokenizer = data.with_template(tokenizer, template, args.template_date)
     print(f"reference {args.ref_model}: template {template}")
     longest = min(args.max_length, common.max_positions(ref))
-    return encode_rows(datasets, tokenizer, template, longest)
+    copies = [replace(dataset) for dataset in datasets]  # what it leaves out is not the run's
+    return encode_rows(copies, tokenizer, longest)
 
 
 def read_scores(path: str, rows: int) -> list[float]:
@@ -600,7 +602,7 @@ def main(argv=None):
     if args.partition == "source" and len(datasets) != 2:
         raise UserError(f"--partition source needs two datasets; --data gives {len(datasets)}")
     model, tokenizer = common.setup(args)
-    examples = encode_rows(datasets, tokenizer, args.template, args.max_length)
+    examples = encode_rows(datasets, tokenizer, args.max_length)
     if args.select:
         datasets, examples = select_rows(datasets, examples, args)
     eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
@@ -612,11 +614,12 @@ def main(argv=None):
         by_row = reference_examples(datasets, examples, args)
         reference = reference_stage([by_row[i] for i in sorted(by_row)], args)
     common.check_gradients(model, next(iter(examples.values())), args.dtype)
-    run = common.Run("sftmix", args, **common.data_config(datasets, eval_datasets))
+    config = common.data_config(datasets, eval_datasets, examples.values())
+    run = common.Run("sftmix", args, **config)
     if run.finished:
         return
     if args.show_batch:
-        data.show_examples(list(examples.values()), tokenizer)
+        data.show_examples(examples.values(), tokenizer)
     step_1_is_over = run.state and run.state["stage"] == "train"
     if reference and step_1_is_over:
         perplexity = read_confidence(run.folder / "confidence.jsonl", fingerprint, len(source))

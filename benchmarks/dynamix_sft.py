@@ -274,8 +274,7 @@ class OverheadRun:
         with contextlib.redirect_stdout(io.StringIO()):
             self.model, tokenizer = common.setup(flags)
             datasets, _ = common.load_datasets(flags)
-            options = tokenizer, flags.template, flags.max_length
-            parts = data.encode_datasets(datasets, *options)
+            parts = data.encode_datasets(datasets, tokenizer, flags.max_length)
         self.arms = {str(k): parts[k % len(parts)] for k in range(16)}
         self.pool = [example for arm in self.arms.values() for example in arm]
         self.lengths = [len(example.ids) for example in self.pool]

@@ -86,9 +86,28 @@ def model_folder(tmp_path_factory, tokenizer):
 # ------------------------------------------------------------------------ examples
 
 
+def plain(tokenizer):
+    """A tokenizer with the plain prompt's template."""
+    return data.with_template(tokenizer, "plain")
+
+
+def plain_text(row):
+    """The plain prompt of a row, written out."""
+    contents = [message[1] for message in row.messages] + ([row.input] if row.input else [])
+    return "".join(content + "\n" for content in contents)
+
+
+def alpaca_text(row):
+    """Stanford Alpaca's prompt for one question, written out."""
+    more = ", paired with an input that provides further context" if row.input else ""
+    text = f"Below is an instruction that describes a task{more}. Write a response that "
+    text += f"appropriately completes the request.\n\n### Instruction:\n{row.messages[0][1]}\n\n"
+    return text + (f"### Input:\n{row.input}\n\n" if row.input else "") + "### Response:"
+
+
 def encode_one(row, tokenizer, template="alpaca", max_length=2048):
     """The example of one row, which must not be skipped."""
-    examples, skipped = data.encode([row], tokenizer, template, max_length)
+    examples, skipped = data.encode([row], data.with_template(tokenizer, template), max_length)
     assert not skipped
     return examples[0]
 

@@ -1,8 +1,10 @@
 """Model and loss, batches, schedules, run folder and snapshots of common.py."""
 
 import argparse
+import datetime
 import importlib
 import importlib.machinery
+import json
 import math
 import sys
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import (
     ARCHITECTURES,
     adamw,
@@ -20,6 +23,7 @@ from conftest import (
     own_nll,
     plain_step,
     random_model,
+    read_json,
     read_jsonl,
     same,
     state_of,
@@ -38,7 +42,7 @@ CPU = torch.device("cpu")
 def toy_examples(tokenizer, every, template):
     """Every n-th row of the toy data, encoded."""
     rows = data.toy_rows()[::every]
-    return data.encode(rows, tokenizer, template, 512)[0]
+    return data.encode(rows, data.with_template(tokenizer, template), 512)[0]
 
 
 # ------------------------------------------------------------------------ model and loss
@@ -375,6 +379,66 @@ def test_resume_refuses_changed_data_and_another_scripts_folder(tmp_path, capsys
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     sftmix.main([*flags, "--resume"])  # the same rows again: nothing is wrong
     assert "nothing to resume" in capsys.readouterr().out
+
+
+CLOCKED = (
+    "{{ strftime_now('%d %B %Y') }}{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+class Tomorrow(datetime.date):
+    @classmethod
+    def today(cls):
+        return cls(2031, 5, 6)
+
+
+def test_the_date_of_the_first_start_is_kept(
+    tmp_path, tokenizer, model_folder, monkeypatch, capsys
+):
+    """A template that writes today's date writes the first start's after a resume, and in final/;
+    --resume notices other token ids, here those of a changed Jinja file."""
+    folder, file = tmp_path / "run", tmp_path / "mine.jinja"
+    file.write_text(CLOCKED)
+    train = to_jsonl(tmp_path / "x.jsonl", [{"prompt": str(i), "response": "r"} for i in range(8)])
+    flags = f"--model {model_folder('llama')} --data {train} --template {file} --mu 0 --ntp_on full"
+    flags = [*flags.split(), "--max_steps", "1", "--output_dir", str(folder)]
+    sftmix.main(flags)
+    today = datetime.date.today()
+    assert read_json(folder / "config.json")["flags"]["template_date"] == today.isoformat()
+    saved = transformers.AutoTokenizer.from_pretrained(folder / "final")
+    text = saved.apply_chat_template([{"role": "user", "content": "u"}], tokenize=False)
+    assert text == f"{today.strftime('%d %B %Y')}user: u\n"
+    monkeypatch.setattr(data.datetime, "date", Tomorrow)
+    sftmix.main([*flags, "--resume"])
+    assert "nothing to resume" in capsys.readouterr().out
+    file.write_text(CLOCKED.replace("assistant: ", "assistant:"))
+    error = error_line(capsys, sftmix.main, [*flags, "--resume"])
+    assert "ids fingerprint differs from the first start" in error
+
+
+def test_a_model_of_ours_goes_on_as_it_was_trained(tmp_path, tokenizer, capsys):
+    """auto: the template that its tokenizer carries and the length that cleansft.json names; a
+    flag that says otherwise is warned of; a base's own template is replaced aloud."""
+    card = {"script": "sftmix", "base": "tiny", "template": "alpaca", "max_length": 77}
+    (tmp_path / "cleansft.json").write_text(json.dumps(card))
+    trained, auto = data.with_template(tokenizer, "alpaca"), {"model": str(tmp_path)}
+
+    def chosen(name, length=None, tokenizer=trained, **model):
+        args = SimpleNamespace(template=name, max_length=length, resume=None, **(model or auto))
+        found = common.set_template(tokenizer, args)
+        return args.template, args.max_length, found.chat_template, capsys.readouterr().out
+
+    name, length, text, out = chosen("auto")
+    assert (name, length, text) == ("chat", 77, trained.chat_template)
+    assert "was trained with --template alpaca --max_length 77" in out
+    assert "warning" not in out
+    name, length, text, out = chosen("plain", 50)
+    assert (name, length) == ("plain", 50)
+    assert f"warning: --template plain is not what {tmp_path} was trained with" in out
+    assert "template plain: replaces the model's own chat template" in out
+    assert "warning" not in chosen("alpaca")[3]
+    assert chosen("auto", None, tokenizer, model="tiny")[:2] == ("alpaca", None)
 
 
 def test_what_moved_to_data_is_still_there():

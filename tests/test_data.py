@@ -204,7 +204,7 @@ def test_empty_responses_are_skipped_and_counted(write_jsonl):
     none = {"instruction": "i", "input": "x", "output": None}
     (dataset,) = data.load_data([write_jsonl("x.jsonl", [*RECORDS, blank, none])])
     assert len(dataset.rows) == 10
-    assert dataset.skipped == {"empty response": 2}
+    assert dataset.left_out == {"empty response": 2}
     empty = write_jsonl("empty.jsonl", [{"instruction": "i", "output": ""}])
     with pytest.raises(UserError, match="has no row with a response"):
         data.load_data([empty])
@@ -395,30 +395,34 @@ def test_alpaca_prompt(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "template, chat",
-    [("alpaca", None), ("plain", None), ("chat", LLAMA), ("chat", CHATML), ("chat", NO_SYSTEM)],
+    "template, chat, end",
+    [
+        ("alpaca", None, "</s>"),
+        ("plain", None, "</s>"),
+        ("chat", LLAMA, "</s>"),
+        ("chat", CHATML, "<|im_end|>"),
+        ("chat", NO_SYSTEM, "<end_of_turn>"),
+    ],
 )
-def test_only_the_response_and_one_eos_are_supervised(template, chat):
+def test_only_the_response_and_one_end_are_supervised(template, chat, end):
+    """The template's own end of turn where it has one, else EOS; never both."""
     tokenizer = chat_tokenizer(chat, TURN_TOKENS) if chat else common.tiny_tokenizer()
+    tokenizer = data.with_template(tokenizer, template)
     rows = [Row((("system", "sys"), ("user", "ask")), f"answer {i}", "more") for i in range(3)]
-    examples, _ = data.encode(rows, tokenizer, template, 2048)
+    examples, _ = data.encode(rows, tokenizer, 2048)
     assert len(examples) == 3
     for i, example in enumerate(examples):
-        ids = example.ids.tolist()
-        ends = ("</s>", "<|im_end|></s>", "<end_of_turn></s>")
-        assert supervised(example, tokenizer) in [f"answer {i}{end}" for end in ends]
-        assert ids[example.start :].count(tokenizer.eos_token_id) == 1
-        assert ids[-1] == tokenizer.eos_token_id
-        assert ids.count(tokenizer.bos_token_id) == (0 if chat == CHATML else 1)
+        assert supervised(example, tokenizer) == f"answer {i}{end}"
+        assert example.ids[-1] == data.Template(tokenizer).end_token
+        assert example.ids.tolist().count(tokenizer.bos_token_id) == (0 if chat == CHATML else 1)
         assert "ask" in context(example, tokenizer)
         assert "sys" in context(example, tokenizer)
 
 
 def test_chat_template_that_moves_the_boundary_is_an_error():
-    row = Row(user("ask"), "answer", file="f.jsonl", number=3)
-    message = "f.jsonl, row 3: the chat template changes the prompt.*--template alpaca"
+    message = "^--template chat: cannot be used: the chat template changes.*--template alpaca$"
     with pytest.raises(UserError, match=message):
-        data.encode([row], chat_tokenizer(DROPS_HISTORY), "chat", 100)
+        data.with_template(chat_tokenizer(DROPS_HISTORY), "chat")
 
 
 def test_template_choice(tokenizer):
@@ -434,21 +438,11 @@ def test_plain_text_rows_supervise_everything(tokenizer):
     assert supervised(example, tokenizer) == "some text</s>"
 
 
-def test_special_tokens_written_in_data_are_text(tokenizer):
-    example = encode_one(Row(user("What does </s> mean?"), "It ends: </s>"), tokenizer)
-    assert example.ids.tolist().count(tokenizer.eos_token_id) == 1
-    assert supervised(example, tokenizer) == "It ends: </s></s>"
-    row = Row(user("u"), "It ends: </s> so")
-    examples, skipped = data.encode([row], chat_tokenizer(LLAMA), "chat", 100)
-    assert not examples
-    assert skipped == {"end token inside the response": 1}
-
-
 def test_pad_equal_to_eos_is_harmless():
     tokenizer = common.tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     rows = [Row(user("u"), "a"), Row(user("u"), "longer answer")]
-    examples, _ = data.encode(rows, tokenizer, "plain", 100)
+    examples, _ = data.encode(rows, data.with_template(tokenizer, "plain"), 100)
     batch = common.collate(examples, "cpu")
     expected = np.concatenate([example.ids[example.start :] for example in examples])
     assert batch.targets.tolist() == expected.tolist()
@@ -459,18 +453,20 @@ def test_pad_equal_to_eos_is_harmless():
 
 def test_truncation_keeps_a_response_or_skips_the_row(tokenizer, capsys):
     rows = [Row(user("u" * 30), "r" * 30), Row(user("u" * 80), "r"), Row(user("u"), "r")]
-    examples, skipped = data.encode(rows, tokenizer, "plain", 40)
-    assert skipped == {"prompt fills max_length": 1}
+    examples, skipped = data.encode(rows, data.with_template(tokenizer, "plain"), 40)
+    assert skipped == {"prompt fills max_length": 1, "cut at --max_length": 1}
     assert [example.row for example in examples] == [0, 2]
     assert len(examples[0].ids) == 40
     assert supervised(examples[0], tokenizer) == "r" * 8  # cut: no EOS is taught here
     dataset = data.Dataset("mine", rows, {"empty response": 2})
-    data.encode_datasets([dataset], tokenizer, "plain", 40)
+    data.encode_datasets([dataset], data.with_template(tokenizer, "plain"), 40)
     out = capsys.readouterr().out
     assert "mine: 2 examples" in out
-    assert "skipped 2 (empty response), skipped 1 (prompt fills" in out
+    assert "1 cut at --max_length; left out: empty response: 2, prompt fills max_length: 1" in out
     with pytest.raises(UserError, match="'mine': no example is left at --max_length 3"):
-        data.encode_datasets([data.Dataset("mine", rows)], tokenizer, "plain", 3)
+        data.encode_datasets(
+            [data.Dataset("mine", rows)], data.with_template(tokenizer, "plain"), 3
+        )
 
 
 def test_boundary_with_a_tokenizer_that_merges_across_it():
@@ -499,7 +495,7 @@ def test_tokenizer_round_trip(tmp_path, tokenizer):
 def test_show_examples_marks_the_supervised_tokens(tokenizer, capsys):
     example = encode_one(Row(user("u"), "ab"), tokenizer, "plain")
     data.show_examples([example], tokenizer)
-    assert "<s>u\n⟦a⟧⟦b⟧⟦</s>⟧" in capsys.readouterr().out
+    assert "<s>u\n⟦ab</s>⟧" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------ multiple choice
@@ -513,7 +509,7 @@ def test_choices_are_scored_without_the_end_token(tokenizer):
         Row(user("Which?"), "b", choices=choices, answer=1),
         Row(user("Which?"), "d", choices=("d", "e" * 60), answer=0),
     ]
-    questions, skipped = data.encode_choices(rows, tokenizer, "plain", 40)
+    questions, skipped = data.encode_choices(rows, data.with_template(tokenizer, "plain"), 40)
     assert skipped == {"a choice does not fit": 1}
     assert len(questions) == 1
     assert [supervised(example, tokenizer) for example in questions[0]] == list(choices)
@@ -521,4 +517,6 @@ def test_choices_are_scored_without_the_end_token(tokenizer):
     nll, _, _ = common.score(model, questions[0], 2, "fp32")
     assert -nll == pytest.approx([-own_nll(model, e) for e in questions[0]], rel=1e-5)
     with pytest.raises(UserError, match="is no multiple-choice row"):
-        data.encode_choices([Row((), "text", file="f", number=1)], tokenizer, "plain", 40)
+        data.encode_choices(
+            [Row((), "text", file="f", number=1)], data.with_template(tokenizer, "plain"), 40
+        )

@@ -14,6 +14,7 @@ from conftest import (
     error_line,
     killed_at,
     own_nll,
+    plain,
     read_json,
     records,
     same,
@@ -346,8 +347,8 @@ def test_losses_are_means_over_tokens_and_over_questions(tokenizer):
     choices = choice_rows(6)
     flags = ["--micro_batch_size", "2", "--accuracy", "b"]
     args = make_args(*flags, "--targets", "a", "--constraints", "b")
-    text = dynamics.make_domain(data.Dataset("a", rows), args, tokenizer)
-    questions = dynamics.make_domain(data.Dataset("b", choices), args, tokenizer)
+    text = dynamics.make_domain(data.Dataset("a", rows), args, plain(tokenizer))
+    questions = dynamics.make_domain(data.Dataset("b", choices), args, plain(tokenizer))
     loss, error = dynamics.validation_losses(model, [text, questions], args)
 
     total = sum(own_nll(model, example) for example in text.validation.examples)
@@ -357,7 +358,7 @@ def test_losses_are_means_over_tokens_and_over_questions(tokenizer):
     validation, _ = dynamics.split_rows(choices, 0.5, "b")
     wrong = 0
     for row in validation:
-        (parts,), _ = data.encode_choices([row], tokenizer, "plain", 512)
+        (parts,), _ = data.encode_choices([row], plain(tokenizer), 512)
         best = np.argmin([own_nll(model, example) for example in parts])
         wrong += best != row.answer
     assert error == pytest.approx(wrong / len(validation))
@@ -454,14 +455,14 @@ class Timers:
 def train_examples(tokenizer):
     """Two training datasets, encoded."""
     loaded = data.load_data(["toy/add#20", "toy/copy#20"])
-    return data.encode_datasets(loaded, tokenizer, "plain", 512, quiet=True)
+    return data.encode_datasets(loaded, plain(tokenizer), 512, quiet=True)
 
 
 @pytest.fixture(scope="module")
 def domains(tokenizer):
     """add is the target, copy the constraint."""
     loaded = data.load_data(["toy/add#16", "toy/copy#16"], split="eval")
-    return [dynamics.make_domain(dataset, make_args(), tokenizer) for dataset in loaded]
+    return [dynamics.make_domain(dataset, make_args(), plain(tokenizer)) for dataset in loaded]
 
 
 def problem_of(train_examples, domains):
@@ -639,7 +640,7 @@ def test_the_chosen_checkpoint_is_the_best_feasible_one(finished):
 
     args = make_args("--micro_batch_size", "8")
     (dataset,) = data.load_data(["toy/add#24"], split="eval")
-    target = dynamics.make_domain(dataset, args, common.tiny_tokenizer())
+    target = dynamics.make_domain(dataset, args, plain(common.tiny_tokenizer()))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     nll = dynamics.report_test(model, [target], args)["add"]["nll"]
     assert nll == pytest.approx(summary["report"]["targets"]["add"]["after"], rel=1e-6)

@@ -196,7 +196,7 @@ def make_args(*flags):
 
 def make_arms(tokenizer, *specs):
     loaded = data.load_data(list(specs))
-    return data.encode_datasets(loaded, tokenizer, "plain", 256, quiet=True)
+    return data.encode_datasets(loaded, data.with_template(tokenizer, "plain"), 256, quiet=True)
 
 
 def trained(model, arms, args, steps=3):
@@ -814,6 +814,6 @@ def test_command_from_the_shell(tmp_path, write_jsonl):
     command = [*script, *flags, "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "⟦</s>⟧" in done.stdout
+    assert "</s>⟧" in done.stdout
     assert "x static sampling" in done.stdout
     assert read_json(tmp_path / "run" / "config.json")["datasets"] == {"chat": 2, "qa": 5}

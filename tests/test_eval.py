@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import alpaca_text, plain, random_model
 
 import common
+import data
 import eval as evaluation
 import sftmix
 from common import UserError
@@ -131,7 +132,9 @@ def test_domain_is_what_the_scripts_report(tmp_path, tokenizer):
     result, _cpu = run(tmp_path / "run", flags)["tiny"], torch.device("cpu")
     for label, source in (("copy", "toy/copy#24"), ("mine", "toy/add#9")):
         datasets = common.load_data([source], split="eval")
-        examples = common.encode_datasets(datasets, tokenizer, "alpaca", 2048, quiet=True)[0]
+        examples = common.encode_datasets(
+            datasets, data.with_template(tokenizer, "alpaca"), 2048, quiet=True
+        )[0]
         model, sets = common.tiny_model(0), {label: examples}
         own = common.evaluate(model, sets, 8, "fp32", False)[label]
         for key in ("nll", "ppl", "accuracy", "tokens"):
@@ -305,24 +308,24 @@ def test_log_likelihoods_equal_a_plain_computation(name, tokenizer):
         task = evaluation.CHOICE_TASKS[task_name]
         questions = [read(task_name, i, "f", i, record) for i, record in enumerate(records)]
         shots, questions = questions[:1], questions[1:]
-        encoded = evaluation.encode_questions(task, questions, shots, tokenizer, "plain", 500)
-        plain, tokens = {model: [], exact: []}, []
+        encoded = evaluation.encode_questions(task, questions, shots, plain(tokenizer), 500)
+        alone, tokens = {model: [], exact: []}, []
         for question in questions:
             prompt = tokenizer(evaluation.choice_prompt(task, question, shots) + "\n").input_ids
             for answer in evaluation.scored_answers(question, task.style):
                 ids = torch.tensor([prompt + tokenizer(answer, add_special_tokens=False).input_ids])
                 tokens.append(ids.shape[1] - len(prompt))
-                for lm in plain:
+                for lm in alone:
                     with torch.no_grad():
                         logits = torch.log_softmax(lm(input_ids=ids).logits[0].double(), -1)
                     places = range(len(prompt), ids.shape[1])
-                    plain[lm].append(sum(logits[t - 1, ids[0, t]].item() for t in places))
+                    alone[lm].append(sum(logits[t - 1, ids[0, t]].item() for t in places))
         options = [examples for examples, _ in encoded.values()]
         for batch_size in (1, 3, 64):
             for lm, tolerance in ((model, 1e-5), (exact, 1e-9)):
                 scores = evaluation.option_scores(lm, options, batch_size, "fp32")
                 assert list(encoded) == [0, 1, 2, 3]
-                error = np.abs(np.concatenate(scores) - plain[lm])
+                error = np.abs(np.concatenate(scores) - alone[lm])
                 assert (error < tolerance * np.array(tokens)).all()
 
 
@@ -366,7 +369,7 @@ def test_a_model_that_learnt_one_letter(tmp_path, write_jsonl, tokenizer):
     rows = medqa_rows(12)
     task = evaluation.CHOICE_TASKS["medqa"]
     questions = [evaluation.read_question("medqa", i, "f", i, row) for i, row in enumerate(rows)]
-    encoded = evaluation.encode_questions(task, questions, [], tokenizer, "plain", 400)
+    encoded = evaluation.encode_questions(task, questions, [], plain(tokenizer), 400)
     examples = [options[1] for options, _ in encoded.values()]
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(6):
@@ -392,7 +395,7 @@ def test_shots_that_do_not_fit_are_skipped(tmp_path, write_jsonl, tokenizer):
     task = evaluation.CHOICE_TASKS["medqa"]
     questions = [evaluation.read_question("medqa", i, "f", i, row) for i, row in enumerate(rows)]
     shots, questions = questions[:3], questions[3:]
-    encoded = evaluation.encode_questions(task, questions, shots, tokenizer, "plain", 400)
+    encoded = evaluation.encode_questions(task, questions, shots, plain(tokenizer), 400)
     assert encoded[0][1] == 2  # 3 shots are too long,
     assert 1 not in encoded  # and the last question alone is
     text = tokenizer.decode(encoded[0][0][0].ids.tolist())
@@ -498,14 +501,19 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, write_jsonl, monkeyp
 # --------------------------------------------------------------------------------------------- chat
 
 
+def prompt_ids(question, tokenizer):
+    return data.Template(tokenizer).prompt_ids(data.Row((("user", question),), ""))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_batched_answers_are_the_greedy_ones(name, tokenizer):
     """Left-padded batches against the model's own argmax, by token, without padding or cache."""
+    alpaca = data.with_template(tokenizer, "alpaca")
     model = random_model(name).eval()
     model.config.use_cache = False
     texts = ("Hi.", "A longer question, so that the first is padded.", "Third")
-    prompts = [evaluation.prompt_ids([("user", text)], tokenizer, "alpaca") for text in texts]
-    answers = evaluation.generate(model, tokenizer, prompts, 12, "fp32")
+    prompts = [prompt_ids(text, alpaca) for text in texts]
+    answers = evaluation.generate(model, alpaca, prompts, 12, "fp32")
     for prompt, (answer, cut) in zip(prompts, answers):
         ids = list(prompt)
         for _ in range(12):
@@ -515,13 +523,14 @@ def test_batched_answers_are_the_greedy_ones(name, tokenizer):
                 break
         assert answer == tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
         assert not cut
-    [(_, cut)] = evaluation.generate(model, tokenizer, [list(range(5)) * 150], 12, "fp32")
+    [(_, cut)] = evaluation.generate(model, alpaca, [list(range(5)) * 150], 12, "fp32")
     assert cut  # longer than 512 - 12
 
 
 def test_answers_end_at_the_end_token(tokenizer):
+    tokenizer = data.with_template(tokenizer, "plain")
     model, calls = common.tiny_model(0).eval(), []
-    prompts = [evaluation.prompt_ids([("user", "x" * n)], tokenizer, "plain") for n in (3, 30)]
+    prompts = [prompt_ids("x" * n, tokenizer) for n in (3, 30)]
 
     def head(states):
         """Three times the letter a, then the end for the first prompt and b for the second, which
@@ -560,7 +569,7 @@ def test_formats_history_and_templates(tmp_path, write_jsonl, monkeypatch, model
     assert seen[4].index("2 + 3") < seen[4].index("answer 1") < seen[4].index("Double it.")
     assert "answer 0" not in seen[4]
     first = common.Row((("user", "Write a line."),), "")
-    assert seen[0] == "<s>" + common.alpaca_prompt(first)  # a base model: Alpaca's template
+    assert seen[0] == "<s>" + alpaca_text(first)  # a base model: Alpaca's template
     outputs = json.loads((tmp_path / "run" / "alpaca_eval" / "tiny.json").read_text())
     tree = {"instruction": "Name a tree.", "output": "answer 5", "dataset": "koala"}
     bush = {"instruction": "And a bush?", "output": "answer 6", "dataset": "alpaca"}

@@ -14,7 +14,7 @@ import pytest
 import scipy.optimize
 import torch
 import transformers
-from conftest import own_logits, read_json, records, same, weights
+from conftest import own_logits, plain, plain_text, read_json, records, same, weights
 
 import common
 import data
@@ -224,7 +224,7 @@ def test_losses_by_hand():
 def make_problem(tokenizer, *flags):
     """What is known before training, without a model -> Problem and flags."""
     args = dynamics.parse_args(["--template", "plain", *flags])
-    return dynamics.make_problem(*common.load_datasets(args), tokenizer, args)
+    return dynamics.make_problem(*common.load_datasets(args), plain(tokenizer), args)
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +516,7 @@ class Rows:
             self.counts[dataset.label] = len(dataset.rows)
             for number, row in enumerate(dataset.rows):
                 for response in row.choices or [row.response]:
-                    text = data.plain_prompt(row) + response
+                    text = plain_text(row) + response
                     self.of[text] = dataset.label, number
                 self.answers[dataset.label, number] = row.answer
 
@@ -669,7 +669,7 @@ def training_pool(watched):
     """All training examples, dataset after dataset."""
     loaded = data.load_data(TRAINING, seed=SEED)
     tokenizer = common.tiny_tokenizer()
-    return sum(data.encode_datasets(loaded, tokenizer, "plain", 512, quiet=True), [])
+    return sum(data.encode_datasets(loaded, plain(tokenizer), 512, quiet=True), [])
 
 
 def own_mixtures(watched):

@@ -225,7 +225,9 @@ def main_run(spied):
 @pytest.fixture(scope="module")
 def examples(tokenizer):
     """The examples of every dataset."""
-    return data.encode_datasets(data.load_data(SPECS), tokenizer, "plain", 512, quiet=True)
+    return data.encode_datasets(
+        data.load_data(SPECS), data.with_template(tokenizer, "plain"), 512, quiet=True
+    )
 
 
 def vector(record, prefix):

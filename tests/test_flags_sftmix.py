@@ -541,7 +541,7 @@ def perplexities(folder, state):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     model.load_state_dict(state, strict=False)
     rows = [data.rows_from_record(row)[0] for row in ROWS]
-    examples, _ = data.encode(rows, TOKENIZER, "plain", 512)
+    examples, _ = data.encode(rows, data.with_template(TOKENIZER, "plain"), 512)
     return [float(np.exp(own_nll(model, e) / (len(e.ids) - e.start))) for e in examples]
 
 

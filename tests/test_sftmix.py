@@ -208,7 +208,7 @@ def test_loss_is_that_of_the_models_own_logits(name, tokenizer):
     model = random_model(name).eval()
     texts = ("one", "two words", "3", "four more words")
     rows = [data.Row((("user", "Say it."),), text) for text in texts]
-    examples, _ = data.encode(rows, tokenizer, "alpaca", 512)
+    examples, _ = data.encode(rows, data.with_template(tokenizer, "alpaca"), 512)
     batch = common.collate(examples, "cpu")
     hidden, head = common.response_states(model, batch, "fp32")
     lengths = batch.response_lengths
@@ -340,7 +340,7 @@ def test_confidence_is_that_of_the_saved_data(finished, tokenizer):
     rows = sum((dataset.rows for dataset in data.load_data(["toy#80"])), [])
     _, *lines = read_jsonl(folder / "confidence.jsonl")
     for i in (0, 17, 79):
-        (example,), _ = data.encode([rows[i]], tokenizer, "plain", 2048)
+        (example,), _ = data.encode([rows[i]], data.with_template(tokenizer, "plain"), 2048)
         perplexity = np.exp(own_nll(model, example) / example.response_length)
         assert lines[i]["perplexity"][-1] == pytest.approx(perplexity, rel=1e-5)
 
@@ -350,7 +350,7 @@ def test_ntp_baseline_is_plain_training(tmp_path, tokenizer):
     nothing of SFTMix."""
     run(tmp_path / "ntp", "--data", "toy/add#40", "--max_steps", "4", "--mu", "0")
     (dataset,) = data.load_data(["toy/add#40"])
-    examples, _ = data.encode(dataset.rows, tokenizer, "plain", 2048)
+    examples, _ = data.encode(dataset.rows, data.with_template(tokenizer, "plain"), 2048)
     model = common.tiny_model(0).train()
     optimizer = adamw(model)
     batches = common.epoch_batches([len(example.ids) for example in examples], 8, 0, 0)
@@ -644,7 +644,7 @@ def test_command_from_the_shell(tmp_path):
     flags = ["--data", "toy#24", "--max_steps", "5", "--batch_size", "4", "--show_batch"]
     done = shell(tmp_path, *flags, "--output_dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
-    assert "⟦</s>⟧" in done.stdout
+    assert "</s>⟧" in done.stdout
     assert (tmp_path / "run" / "summary.json").exists()
     bad = shell(tmp_path, "--data", "nowhere.jsonl")
     assert bad.returncode == 2
