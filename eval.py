@@ -143,10 +143,11 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names, sizes and times of a folder's files: a model trained again is another model."""
-        if not Path(self.name).is_dir():
+        """Names, sizes and times of a model's files: a model trained again is another model."""
+        path = Path(self.name)
+        if not path.exists():
             return self.name + (f" seed {self.args.seed}" if self.name == "tiny" else "")
-        files = sorted(file for file in Path(self.name).iterdir() if file.is_file())
+        files = sorted(f for f in [path, *path.glob("*")] if f.is_file())
         return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
@@ -1203,8 +1204,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output_dir = Path(args.output_dir or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
     names = list(dict.fromkeys(([args.base] if args.base else []) + args.model))
     for name in names:
-        if (name[0] in "./~" or name.count("/") > 1) and not Path(name).is_dir():
-            raise UserError(f"--model {name}: no such folder")
+        common.find_model(name)
     tasks = prepare(args)
     models = [Model(*both, args, device) for both in zip(names, unique_names(names))]
     open_folder(folder, models, tasks)
