@@ -269,7 +269,7 @@ def find_model(name: str) -> tuple[str, dict]:
     path, problem = Path(name), None
     local = not name or name[0] in "./~" or name.count("/") > 1 or path.suffix == ".gguf"
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
-    if local and not path.exists():
+    if local and not (name and path.exists()):
         problem = "no such folder" if path.suffix != ".gguf" else "no such file"
     elif path.is_file() and path.suffix != ".gguf":
         problem = "is a file; give a model's folder, or a .gguf file"
@@ -301,7 +301,11 @@ def find_base(adapter: Path) -> tuple[str, int]:
     if base == "tiny" and about.exists():
         return base, json.loads(about.read_text(encoding="utf-8"))["seed"]
     above = [] if base == "tiny" else [folder / base for folder in adapter.absolute().parents]
-    return next((str(path) for path in above if path.exists()), base), 0
+    found = next((str(path) for path in above if path.exists()), base)
+    if found[0] in "./~" and not Path(found).exists():
+        advice = "is not there; write its folder or hub id into base_model_name_or_path"
+        raise UserError(f"{adapter}: its base {base} {advice}")
+    return found, 0
 
 
 @contextlib.contextmanager
@@ -378,6 +382,7 @@ def load_merged(name: str, adapter: Path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random
         model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+    model.requires_grad_(True)  # PEFT froze it
     if adapter.with_name("generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(adapter.parent)
     return model
