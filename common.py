@@ -15,6 +15,7 @@ import functools
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,7 +111,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     # fmt: off
     add = parser.add_argument_group("model and data").add_argument
     add("--model", default="tiny", metavar="NAME",
-        help="hub id, local folder, or tiny (about 1M random parameters, byte-level tokenizer)")
+        help="hub id, local folder, .gguf file, or tiny (about 1M random parameters, byte-level "
+             "tokenizer)")
     add("--data", nargs="+", default=["toy"], metavar="SPEC",
         help="training datasets: [label=]SOURCE[#N]; SOURCE = alias, hub id, .json .jsonl .csv "
              ".parquet .arrow file (.gz .zst too), folder of them, or toy; #N = N random rows; "
@@ -159,6 +162,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="steps between evaluations of --eval_data; 0 = only at the end")
     add("--save_every", type=non_negative_int, default=500,
         help="steps between checkpoints for --resume; 0 = none")
+    add("--save_dtype", choices=["auto", *DTYPES], default="auto",
+        help="of final/, whose evaluation ends the run; auto: the base's, of a .gguf file fp32")
     add("--track", choices=["tensorboard", "wandb"], help="log to a tracker too")
     # fmt: on
     return parser
@@ -173,7 +178,7 @@ def load_datasets(args: Namespace) -> tuple[list[Dataset], list[Dataset]]:
 def setup(args: Namespace):
     """-> the model that is trained, and its tokenizer with the chat template that it is trained by.
     Fills in what the flags leave open: dtype, template and the date it writes, max_length,
-    lora_alpha. Raises UserError."""
+    lora_alpha, save_dtype. Raises UserError."""
     args.dtype = pick_dtype(args.dtype, pick_device())
     model, tokenizer = load_trainable(args.model, args)
     describe_model(model, args.model, args.dtype)
@@ -181,6 +186,9 @@ def setup(args: Namespace):
     args.max_length = min(args.max_length or 2048, max_positions(model))
     if args.lora_rank and not args.lora_alpha:
         args.lora_alpha = 2.0 * args.lora_rank
+    if args.save_dtype == "auto":
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        args.save_dtype = names.get(causal_lm(model).base_dtype, "fp32")
     return model, tokenizer
 
 
@@ -238,6 +246,11 @@ def batch_arithmetic(args: Namespace) -> str:
 
 
 # ---- Models --------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER = "adapter_config.json"
+
+
 def tiny_tokenizer() -> Any:
     """Byte-level tokenizer: 256 bytes, then <pad>, <s>, </s> (all distinct); BOS is added like
     Llama's."""
@@ -280,29 +293,178 @@ def pick_dtype(name: str, device: torch.device) -> str:
     return name
 
 
+def find_model(name: str) -> tuple[str, dict]:
+    """A model's name -> (folder or hub id, options for from_pretrained: the GGUF file that the name
+    is, or that its folder holds). Raises UserError."""
+    path, problem = Path(name), None
+    local = not name or name[0] in "./~" or name.count("/") > 1 or path.suffix == ".gguf"
+    files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if local and not (name and path.exists()):
+        problem = "no such folder" if path.suffix != ".gguf" else "no such file"
+    elif path.is_file() and path.suffix != ".gguf":
+        problem = "is a file; give a model's folder, or a .gguf file"
+    elif not files or (path / "config.json").exists() or (path / ADAPTER).exists():
+        return name, {}
+    elif len(files) > 1:
+        problem = f"holds {len(files)} .gguf files; name one, such as {files[0]}"
+    elif not importlib.util.find_spec("gguf"):
+        problem = "a .gguf file needs: pip install gguf"
+    if problem:
+        raise UserError(f"--model {name}: {problem}")
+    return str(files[0].parent), {"gguf_file": files[0].name}
+
+
+def lasting_name(name: str) -> str:
+    """A model's name as it holds in any working directory: paths are absolute."""
+    return os.path.abspath(name) if name != "tiny" and Path(name).exists() else name
+
+
+def find_base(adapter: Path) -> tuple[str, int]:
+    """An adapter_config.json -> the name of its base and, for `tiny`, that one's seed. A relative
+    path, as others write it, is looked for from every folder above, then from the working one.
+    Raises UserError."""
+    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        advice = "names no base (base_model_name_or_path); write its folder or hub id there"
+        raise UserError(f"{adapter}: {advice}")
+    about = adapter.with_name("cleansft.json")
+    if base == "tiny" and about.exists():
+        return base, json.loads(about.read_text(encoding="utf-8"))["seed"]
+    above = [] if base == "tiny" else [folder / base for folder in adapter.absolute().parents]
+    found = next((str(path) for path in above if path.exists()), base)
+    if found[0] in "./~" and not Path(found).exists():
+        advice = "is not there; write its folder or hub id into base_model_name_or_path"
+        raise UserError(f"{adapter}: its base {base} {advice}")
+    return found, 0
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No reports and progress bars of transformers inside: what is wrong is one line of ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def refuse_tensors(name: str, model, info: dict) -> None:
+    """Raise UserError where a checkpoint and the architecture do not hold the same tensors: missing
+    ones would be random. Unexpected buffers are excused, old checkpoints carry them.
+    info: from_pretrained's output_loading_info."""
+    buffers = {buffer for buffer, _ in model.named_buffers()}
+    for kind, names in (
+        ("missing", info["missing_keys"]),
+        ("unexpected", info["unexpected_keys"] - buffers),
+    ):
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+            cause = f"{len(names)} {kind} tensors for {type(model).__name__}: {listed}"
+            raise UserError(f"--model {name}: {cause}; are its files whole, and of one model?")
+
+
+def drop_extra_tokens(tokenizer) -> None:
+    """Take out, in place, the tokens that transformers' GGUF reader puts behind the file's own
+    (GPT-2's <|endoftext|> into a Llama 3): the model has no embedding for them."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]  # {token: id}, or a list where the model is Unigram
+    size = 1 + max(vocabulary.values()) if isinstance(vocabulary, dict) else len(vocabulary)
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < size]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+
+
+def load_files(name: str, storage: torch.dtype):
+    """The model of a folder, hub id or GGUF file, as transformers loads it; every tensor must be
+    there. Its base_dtype: config.json's; fp32 without one, as in a GGUF file (its blocks have
+    none). Raises UserError."""
+    import transformers
+
+    folder, options = find_model(name)
+    if options and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, folder, **options)
+    model, info = load(dtype=storage, output_loading_info=True)
+    refuse_tensors(name, model, info)
+    model.base_dtype = torch.float32
+    if options and getattr(model, "hf_quantizer", None):  # its weights are plain ones now
+        model.hf_quantizer.remove_quantization_config(model)
+    elif not options:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model.base_dtype = config.dtype or config.get_text_config().dtype or torch.float32
+    return model
+
+
+def load_merged(name: str, adapter: Path):
+    """The base of an adapter, which may be an adapter's folder itself, with the adapter merged into
+    it in fp32. Raises UserError."""
+    import peft
+    from transformers import GenerationConfig
+
+    model = load_weights(*find_base(adapter), torch.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # they would be random
+        model = peft.PeftModel.from_pretrained(model, name).merge_and_unload()
+    model.requires_grad_(True)  # PEFT froze it
+    if adapter.with_name("generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(adapter.parent)
+    return model
+
+
+def load_weights(name: str, seed: int, storage: torch.dtype):
+    """-> the model `name`, weights stored as `storage`; model.base_dtype is the dtype that its base
+    is published in. Raises UserError."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    adapter = None
+    if name == "tiny":
+        model = tiny_model(seed)
+        model.base_dtype = torch.float32
+    elif not find_model(name)[1]:
+        adapter = find_adapter_config_file(name)
+    if adapter:
+        model = load_merged(name, Path(adapter))
+        cast(model.parameters(), storage)
+    elif name != "tiny":
+        model = load_files(name, storage)
+    model.name_or_path = lasting_name(name)  # what an adapter on it will say of its base
+    return model
+
+
+def cast(parameters: Iterable, dtype: torch.dtype) -> None:
+    """Store parameters as dtype, in place; buffers (rotary frequencies) keep theirs."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
+
+
 def load_model(name: str, device: torch.device, seed: int = 0, storage=torch.float32):
     """-> (model, tokenizer), weights stored as `storage`: fp32 master weights, since bf16 ones lose
     updates of lr 2e-6. A folder with an adapter gives its base with the adapter merged in. Raises
     UserError."""
-    if name == "tiny":
-        model, tokenizer = tiny_model(seed), tiny_tokenizer()
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-        if (name[0] in "./~" or name.count("/") > 1) and not Path(name).is_dir():
-            raise UserError(f"--model {name}: no such folder")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            if Path(name, "adapter_config.json").is_file():
-                from peft import AutoPeftModelForCausalLM
-
-                model = AutoPeftModelForCausalLM.from_pretrained(name, dtype=storage)
-                model = model.merge_and_unload()
+    folder, options = find_model(name)
+    try:
+        with quiet_transformers():
+            model = load_weights(name, seed, storage)
+            if name == "tiny":
+                tokenizer = tiny_tokenizer()
             else:
-                model = AutoModelForCausalLM.from_pretrained(name, dtype=storage)
-        except Exception as error:  # transformers raises many types, with messages of many lines
-            cause = f"{type(error).__name__}: {str(error)[:300]}"
-            raise UserError(f"--model {name}: cannot be loaded ({cause})") from None
+                tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+            if options:
+                drop_extra_tokens(tokenizer)
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises many types, with messages of many lines
+        cause = f"{type(error).__name__}: {str(error)[:300]}"
+        raise UserError(f"--model {name}: cannot be loaded ({cause})") from None
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         counts = f"the tokenizer has {len(tokenizer):,} tokens, the model embeds only {rows:,}"
@@ -774,9 +936,15 @@ def evaluate_and_log(model, eval_sets: dict, step: int, args, run: Run) -> dict:
     if not eval_sets:
         return {}
     with run.timer("eval"):
-        result = evaluate(model, eval_sets, 2 * args.micro_batch_size, args.dtype)
+        result = evaluator(eval_sets, args)(model)
     run.log(step, flat("eval", result))
     return result
+
+
+def evaluator(eval_sets: dict, args: Namespace) -> Callable:
+    """-> function(model) = evaluate() on these sets as the run does it."""
+    how = {"batch_size": 2 * args.micro_batch_size, "dtype": args.dtype}
+    return functools.partial(evaluate, eval_sets=eval_sets, **how)
 
 
 def print_evaluation(result: dict) -> None:
@@ -858,7 +1026,7 @@ def total_steps(args: Namespace, steps_per_epoch: int) -> int:
 
 # Flags that may differ when a run is resumed: they change what is written, not what is computed.
 RESUME_FREE = {"output_dir", "resume", "log_every", "eval_every", "save_every"}
-RESUME_FREE |= {"track", "show_batch"}
+RESUME_FREE |= {"track", "show_batch", "save_dtype"}
 
 
 def flat(prefix: str, rows: dict[str, dict]) -> dict:
@@ -986,7 +1154,7 @@ class Run:
     left to do. time: seconds by part."""
 
     def __init__(self, script: str, args: Namespace, **config):
-        self.folder = self._folder(script, args)
+        self.folder, self.args = self._folder(script, args), args
         self.state, self.time, offset = None, {}, 0
         self._before, self._started = 0.0, time.perf_counter()
         self.finished = (self.folder / "summary.json").exists()
@@ -1110,16 +1278,27 @@ class Run:
         result = {part: self.time.get(part, 0.0) / self.time["train"] for part in parts}
         return {**result, "total": 1 + sum(result.values())}
 
-    def save_model(self, model, tokenizer, name: str = "final") -> None:
+    def save_model(self, model, tokenizer, name: str = "final", dtype=None) -> None:
         """Model (or adapter) and tokenizer in Hugging Face format under <name>/, complete or not
-        there at all."""
+        there at all. The trained weights are rounded to dtype, in place; None: kept as they are."""
         temporary, final = self.folder / f"{name}.tmp", self.folder / name
         shutil.rmtree(temporary, ignore_errors=True)
-        lm = causal_lm(model)
+        cast(trainable(model) if dtype else (), dtype)
+        lm, own = causal_lm(model), {}
+        if model is not lm:  # else PEFT asks the hub for the base's vocabulary
+            own = {"save_embedding_layers": False}
         lm.config.use_cache = True  # as it came: users generate with what we save
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **own)
         lm.config.use_cache = False
+        generation, ends = lm.generation_config.to_diff_dict(), data.end_tokens(tokenizer)
+        generation.pop("_from_model_config", None)  # else config.json could take its place
+        generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+        write_json(temporary / "generation_config.json", generation)
         tokenizer.save_pretrained(temporary)
+        about = {"script": self.config["script"], "base": lasting_name(self.args.model)}
+        about |= {"template": self.args.template, "max_length": self.args.max_length}
+        about["template_date"] = self.args.template_date
+        write_json(temporary / "cleansft.json", about | {"seed": self.args.seed})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
 
@@ -1132,6 +1311,35 @@ class Run:
         self._metrics.close()
         spent = ", ".join(f"{name} {value:.0f} s" for name, value in parts.items())
         print(f"done  {self.folder}/summary.json after {summary['seconds']:.0f} s: {spent}")
+
+
+ROUNDING = 0.002  # nats by which rounding may move an evaluation without a word
+
+
+def save_final(model, tokenizer, measure: Callable, step: int, run: Run, part: str = "eval"):
+    """Save final/ as --save_dtype says; then measure, log and return what was saved, as whoever
+    loads it will find it: rounded, an adapter merged into its base. model is used up.
+    measure(model) -> {label: {"nll": .., ..}}; part: of the timers and of the metrics' names."""
+    dtype = DTYPES[run.args.save_dtype]
+    rounded = any(parameter.dtype != dtype for parameter in trainable(model))
+    with run.timer(part):
+        trained = measure(model) if rounded else {}
+    run.save_model(model, tokenizer, dtype=dtype)
+    with run.timer(part):
+        if model is causal_lm(model):
+            cast(trainable(model), torch.float32)
+        else:
+            model.to("cpu")  # room for the other
+            model, _ = load_model(str(run.folder / "final"), pick_device())
+        result = measure(model)
+    for label, row in trained.items():
+        moved = result[label]["nll"] - row["nll"]
+        if not abs(moved) <= ROUNDING:
+            what = f"saving final/ as {run.args.save_dtype} moved the loss on {label!r}"
+            print(f"warning: {what} by {moved:+.4f} nats; --save_dtype fp32 keeps every bit")
+    if result:
+        run.log(step, flat(part, result))
+    return result
 
 
 def data_config(training: list[Dataset], evaluation: list[Dataset], examples: Iterable) -> dict:

@@ -1197,9 +1197,10 @@ class Template:
         return [(p, r if r and r[-1] in last else [*r, eos]) for p, r in result]
 
 
-def end_token(tokenizer) -> int:
-    """The token that ends a turn under the tokenizer's template: where generation must stop."""
-    return Template(tokenizer).end_token
+def end_tokens(tokenizer) -> list[int]:
+    """Where generation must stop under the tokenizer's template: at its own end of turn, and at
+    EOS, which ends plain text."""
+    return list(dict.fromkeys([Template(tokenizer).end_token, tokenizer.eos_token_id]))
 
 
 # ---- Tokens: rows -> examples --------------------------------------------------------------------

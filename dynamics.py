@@ -29,7 +29,7 @@ import math
 import re
 from argparse import Namespace
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -275,6 +275,7 @@ class Domain:
     metric: str
     validation: Side
     test: Side
+    test_rows: list[dict] = field(default_factory=list)  # which ones they are (list_rows)
 
 
 ROLES = ("target", "constraint", "monitored")
@@ -821,6 +822,19 @@ def make_side(rows: list, metric: str, args: Namespace, tokenizer, left_out: Cou
     return Side(sum(questions, []), [len(question) for question in questions], answers, responses)
 
 
+def list_rows(dataset: data.Dataset, rows: list[data.Row], side: Side) -> list[dict]:
+    """The rows that a side measures, for test_rows.jsonl: {"label", "index": in the dataset,
+    "row": file and number, "nll": response measured, "choice": question measured}."""
+    index = {id(row): i for i, row in enumerate(dataset.rows)}
+    nll = {example.row for example in side.responses}
+    choice = {example.row for example in side.examples} if side.sizes else set()
+    listed = []
+    for i in sorted(nll | choice, key=lambda i: index[id(rows[i])]):
+        place = {"label": dataset.label, "index": index[id(rows[i])], "row": rows[i].where}
+        listed.append({**place, "nll": i in nll, "choice": i in choice})
+    return listed
+
+
 def make_domain(dataset: data.Dataset, args: Namespace, tokenizer) -> Domain:
     """An evaluation set -> Domain with all its validation rows (cut to size later) and its test
     rows. Raises UserError where a side is empty."""
@@ -840,7 +854,7 @@ def make_domain(dataset: data.Dataset, args: Namespace, tokenizer) -> Domain:
     unit, what = ("questions", "1 - accuracy") if metric == "error" else ("examples", "mean NLL")
     counts = f"{kept[0]:,} validation and {kept[1]:,} test {unit}"
     print(f"data  {role} {label}: {counts}, {what}{data.notes(dataset)}")
-    return Domain(label, role, metric, validation, test)
+    return Domain(label, role, metric, validation, test, list_rows(dataset, parts[1], test))
 
 
 def cut_validation(domain: Domain, rows: int) -> None:
@@ -942,14 +956,14 @@ def main(argv=None):
         return
     if args.show_batch:
         data.show_examples(sum(problem.examples, []), tokenizer)
+    test_rows = [row for domain in problem.domains for row in domain.test_rows]
+    common.write_jsonl(run.folder / "test_rows.jsonl", test_rows)
     measure_before(model, problem, rules, args, run)
     counts, best = train(model, tokenizer, problem, args, run)
     if best:  # final/ is the best feasible checkpoint, or the last one where none was feasible
         load_best(model, run.folder / "best")
-    with run.timer("test"):
-        after = report_test(model, problem.domains, args)
-    run.log(counts["steps"], common.flat("test", after))
-    run.save_model(model, tokenizer)
+    measure = partial(report_test, domains=problem.domains, args=args)
+    after = common.save_final(model, tokenizer, measure, counts["steps"], run, "test")
     with run.timer("figures"):
         plots.draw(run.folder)
     cost = run.cost("probe", "eval")

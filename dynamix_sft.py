@@ -429,12 +429,12 @@ def main(argv=None):
     if not run.state:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
     counts, rows = train(model, arms, eval_sets, plan, args, run)
-    result = common.evaluate_and_log(model, eval_sets, counts["steps"], args, run)
+    measure = common.evaluator(eval_sets, args)
+    result = common.save_final(model, tokenizer, measure, counts["steps"], run)
     common.print_evaluation(result)
     print_mixture(rows)
     cost = run.cost("reward")
     print(f"cost  {cost['total']:.3f}x static sampling: training 1 + rewards {cost['reward']:.3f}")
-    run.save_model(model, tokenizer)
     with run.timer("figures"):
         plots.draw(run.folder)
     run.finish({**counts, "eval": result, "mixture": rows, "cost": cost})

@@ -153,10 +153,11 @@ class Model:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Names, sizes and times of a folder's files: a model trained again is another model."""
-        if not Path(self.name).is_dir():
+        """Names, sizes and times of a model's files: a model trained again is another model."""
+        path = Path(self.name)
+        if not path.exists():
             return self.name + (f" seed {self.args.seed}" if self.name == "tiny" else "")
-        files = sorted(file for file in Path(self.name).iterdir() if file.is_file())
+        files = sorted(f for f in [path, *path.glob("*")] if f.is_file())
         return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
@@ -817,8 +818,8 @@ def generate(model, tokenizer, prompts: list[list], max_new_tokens: int, dtype: 
     if room < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: the model has {positions} positions")
     own = model.generation_config.eos_token_id
-    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    stops = sorted(stops | {data.Template(tokenizer).end_token} - {None})
+    stops = {*data.end_tokens(tokenizer), *(own if isinstance(own, list) else [own])}
+    stops = sorted(stops - {None})
     pad = stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     kept = [torch.tensor(prompt[-room:], device=model.device) for prompt in prompts]
     ids = pad_sequence(kept, batch_first=True, padding_value=pad, padding_side="left")
@@ -1206,8 +1207,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output_dir = Path(args.output_dir or time.strftime("runs/eval-%Y%m%d-%H%M%S"))
     names = list(dict.fromkeys(([args.base] if args.base else []) + args.model))
     for name in names:
-        if (name[0] in "./~" or name.count("/") > 1) and not Path(name).is_dir():
-            raise UserError(f"--model {name}: no such folder")
+        common.find_model(name)
     tasks = prepare(args)
     models = [Model(*both, args, device) for both in zip(names, unique_names(names))]
     open_folder(folder, models, tasks)

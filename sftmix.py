@@ -635,9 +635,9 @@ def main(argv=None):
     if not step_1_is_over:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
     counts, _ = train(model, target, args, run, eval_sets)
-    result = common.evaluate_and_log(model, eval_sets, counts["steps"], args, run)
+    measure = common.evaluator(eval_sets, args)
+    result = common.save_final(model, tokenizer, measure, counts["steps"], run)
     common.print_evaluation(result)
-    run.save_model(model, tokenizer)
     with run.timer("figures"):
         plots.draw(run.folder)
     run.finish({**counts, "eval": result})

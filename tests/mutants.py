@@ -31,9 +31,18 @@ TESTS = {
         "tests/test_sftmix.py",
     ],
     "dynamix_sft.py": ["tests/test_flags_dynamix_sft.py", "tests/test_dynamix_sft.py"],
-    "dynamics.py": ["tests/test_flags_dynamics.py", "tests/test_dynamics.py"],
+    "dynamics.py": [
+        "tests/test_flags_dynamics.py",
+        "tests/test_dynamics.py",
+        "tests/test_final.py",
+    ],
+    "common.py": [
+        "tests/test_flags_shared.py",
+        "tests/test_common.py",
+        "tests/test_sftmix.py",
+        "tests/test_final.py",
+    ],
     "data.py": ["tests/test_reading.py", "tests/test_data.py", "tests/test_common.py"],
-    "common.py": ["tests/test_flags_shared.py", "tests/test_common.py", "tests/test_sftmix.py"],
 }
 # file -> [(piece of a line, what stands there instead)]
 MUTANTS: dict[str, list[tuple[str, str]]] = {
@@ -755,6 +764,8 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("objective = slopes[targets].sum(0)", "objective = -slopes[targets].sum(0)"),
         ("after[:, j] = validation_losses(", "after[:, 0] = validation_losses("),
+        ('"index": index[id(rows[i])], "row"', '"index": i, "row"'),
+        ("{example.row for example in side.responses}", "set(range(len(rows)))"),
     ],
     "common.py": [
         ("slope = 1 - logits**2", "slope = 1 - logits"),
@@ -879,6 +890,29 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("args.lora_alpha or 2 * args.lora_rank", "args.lora_alpha or args.lora_rank"),
         ("lora_dropout=args.lora_dropout", "lora_dropout=0.0"),
         ('"target_modules": "all-linear"', '"target_modules": ["q_proj", "v_proj"]'),
+        ("refuse_tensors(name, model, info)\n", "pass\n"),
+        ('info["unexpected_keys"] - buffers', "set()"),
+        ("config.dtype or config.get_text_config().dtype or torch.float32", "torch.float32"),
+        ("drop_extra_tokens(tokenizer)\n", "pass\n"),
+        ("model.hf_quantizer.remove_quantization_config(model)", "pass"),
+        (
+            ".from_pretrained(model, name).merge_and_unload()",
+            ".from_pretrained(model, name).unload()",
+        ),
+        ("model.requires_grad_(True)", "pass"),
+        ('filterwarnings("error", "Found', 'filterwarnings("ignore", "Found'),
+        ("return os.path.abspath(name) if", "return name if"),
+        ('return base, json.loads(about.read_text(encoding="utf-8"))["seed"]', "return base, 0"),
+        ("cast(trainable(model) if dtype else (), dtype)", "pass"),
+        ("] = ends if len(ends) > 1 else ends[0]", "] = ends[-1]"),
+        ("model.generation_config = GenerationConfig", "GenerationConfig"),
+        (
+            "        result = measure(model)\n    for",
+            "        result = trained or measure(model)\n    for",
+        ),
+        ("if not abs(moved) <= ROUNDING", "if abs(moved) > ROUNDING"),
+        ("ROUNDING = 0.002", "ROUNDING = 0.0022"),
+        ('"track", "show_batch", "save_dtype"', '"track", "show_batch"'),
     ],
 }
 

@@ -457,7 +457,7 @@ SHARED_FLAGS = """
 model data eval_data source_column template max_length show_batch
 epochs max_steps batch_size micro_batch_size lr weight_decay schedule warmup_ratio max_grad_norm
 dtype gradient_checkpointing lora_rank lora_alpha lora_dropout
-seed output_dir resume log_every eval_every save_every track
+seed output_dir resume log_every eval_every save_every save_dtype track
 """
 
 

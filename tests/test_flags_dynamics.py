@@ -938,7 +938,7 @@ def scripted_run(folder, flags, losses, tests):
     losses, tests = iter([BEFORE, *losses]), iter(tests)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamics, "validation_losses", lambda *args: np.array(next(losses)))
-        patch.setattr(dynamics, "report_test", lambda *args: next(tests))
+        patch.setattr(dynamics, "report_test", lambda *args, **how: next(tests))
         spy = watched_run(folder, *flags)
     spy.steps = split_events(spy.events, 1)[0]
     assert next(losses, None) is None

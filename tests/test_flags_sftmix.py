@@ -79,6 +79,7 @@ RECIPE = dict(
     template="auto",
     max_length=None,
     show_batch=False,
+    save_dtype="auto",
     epochs=3.0,
     max_steps=None,
     batch_size=32,
