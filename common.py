@@ -572,8 +572,8 @@ def response_states(model, batch: Batch, dtype: str) -> tuple[Tensor, Head]:
     """-> the states that predict a micro-batch's supervised tokens (R, H), and the head that makes
     logits of them. bf16: matrix products under autocast, over fp32 master weights."""
     with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bf16"):
-        hidden = hidden_states(model, batch.ids)  # (B, T, H)
-    return hidden.reshape(-1, hidden.shape[-1])[batch.positions], output_head(model)
+        hidden = [hidden_states(model, ids).flatten(0, 1) for ids in batch.slices]  # (b·t, H) each
+    return torch.cat(hidden)[batch.positions], output_head(model)
 
 
 @torch.no_grad()
@@ -617,9 +617,6 @@ def check_gradients(model, example: Example, dtype: str) -> None:
 
 # ---- Batches. Their order comes from data.data_rng: a cursor is (seed, stream, position). --------
 
-LENGTH_WINDOW = 16  # optimizer batches within which examples are grouped by length
-LENGTH_GROUP = 8  # examples of similar length that stay together; a batch has groups of any length
-
 
 def batch_sizes(total: int, batch_size: int) -> np.ndarray:
     """(steps,) near-equal sizes of at most batch_size that add up to total: no tiny last batch."""
@@ -631,40 +628,10 @@ def deal(total: int, parts: int) -> np.ndarray:
     return np.diff(np.linspace(0, total, parts + 1).round().astype(int))
 
 
-def length_grouped(
-    order, lengths, sizes, rng, window: int = LENGTH_WINDOW, group: int = LENGTH_GROUP
-) -> list[np.ndarray]:
-    """Cut a permutation into batches of groups of examples of similar length; each index once.
-
-    order (N,) permuted indices; lengths (N_all,) by index; sizes (steps,). Within a window of
-    batches the examples are sorted by length and cut into groups of at most `group`, which are
-    dealt to the window's batches at random: little padding, and yet all lengths in a batch. Batches
-    of one length would be of one kind of task, and those of short responses, divided by few tokens,
-    would count for more. window=1: nothing is grouped across batches. -> list of index arrays"""
-    batches, at = [], 0
-    for first in range(0, len(sizes), window):
-        counts = np.asarray(sizes[first : first + window])
-        block = order[at : at + counts.sum()]
-        at += counts.sum()
-        block = block[np.argsort(lengths[block], kind="stable")]
-        slots = []
-        for batch, count in enumerate(counts):
-            slots += [(batch, size) for size in batch_sizes(count, group)]
-        dealt = rng.permutation(len(slots))
-        groups = np.split(block, np.cumsum([slots[i][1] for i in dealt])[:-1])
-        members = [[block[:0]] for _ in counts]
-        for i, indices in zip(dealt, groups):
-            members[slots[i][0]].append(indices)
-        batches += [np.concatenate(parts) for parts in members]
-    return batches
-
-
-def epoch_batches(
-    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, window: int = LENGTH_WINDOW
-) -> list[np.ndarray]:
-    """One epoch of shuffled, length-grouped batches -> index arrays; each example once."""
-    rng, sizes = data_rng(seed, "order", epoch), batch_sizes(len(lengths), batch_size)
-    return length_grouped(rng.permutation(len(lengths)), np.asarray(lengths), sizes, rng, window)
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """One epoch of batches, drawn uniformly -> arrays of indices below count; each occurs once."""
+    order = data_rng(seed, "order", epoch).permutation(count)
+    return np.split(order, np.cumsum(batch_sizes(count, batch_size))[:-1])
 
 
 class MixtureSampler:
@@ -674,11 +641,11 @@ class MixtureSampler:
     through in a random order without replacement, reshuffled for each pass. The order is a function
     of (seed, dataset, pass) and the draws one of (seed, step), so `cursors` is the whole state.
 
-    sizes (K,) examples of each dataset; lengths (N,) tokens of all examples, dataset after dataset:
-    an example's index is its place there. cursors (K,): examples taken from each dataset so far."""
+    sizes (K,) examples of each dataset; an example's index is its place among all, dataset after
+    dataset. cursors (K,): examples taken from each dataset so far."""
 
-    def __init__(self, sizes, lengths, batch_size: int, seed: int):
-        self.sizes, self.lengths = np.asarray(sizes, dtype=np.int64), np.asarray(lengths)
+    def __init__(self, sizes, batch_size: int, seed: int):
+        self.sizes = np.asarray(sizes, dtype=np.int64)
         self.starts = np.cumsum(self.sizes) - self.sizes
         self.batch_size, self.seed = batch_size, seed
         self.cursors, self._order = np.zeros(len(self.sizes), dtype=np.int64), {}
@@ -697,16 +664,15 @@ class MixtureSampler:
             count -= len(part)
         return self.starts[k] + np.concatenate(parts)
 
-    def batches(self, probabilities, step: int, steps: int = 1) -> list[np.ndarray]:
-        """The batches of optimizer steps step .. step + steps - 1, drawn with probabilities (K,) ->
-        index arrays. Several at once are grouped by length: a batch of LENGTH_GROUP examples or
-        fewer is then of one length. With steps=1 every batch is drawn by itself."""
+    def batch(self, probabilities, step: int) -> np.ndarray:
+        """The batch of optimizer step `step`, every example's dataset drawn with probabilities (K,)
+        -> (batch_size,) indices."""
         rng = data_rng(self.seed, "mixture", step)
-        arms = rng.choice(len(self.sizes), steps * self.batch_size, p=probabilities)
-        order = np.empty(len(arms), dtype=np.int64)
+        arms = rng.choice(len(self.sizes), self.batch_size, p=probabilities)
+        indices = np.empty(self.batch_size, dtype=np.int64)
         for k in np.unique(arms):
-            order[arms == k] = self._take(k, int((arms == k).sum()))
-        return length_grouped(order, self.lengths, [self.batch_size] * steps, rng, window=steps)
+            indices[arms == k] = self._take(k, int((arms == k).sum()))
+        return indices
 
 
 def micro_batches(items: Sequence, lengths: Sequence[int], micro_batch_size: int) -> list[list]:
@@ -717,32 +683,55 @@ def micro_batches(items: Sequence, lengths: Sequence[int], micro_batch_size: int
     return [chosen[at : at + micro_batch_size] for at in starts]
 
 
+# An example shorter than this share of the longest in its slice begins a new slice. More slices
+# have less padding and are more forward passes (docs/sftmix.md, Padding).
+SLICE_RATIO = 0.8
+
+
+def length_slices(lengths: Sequence[int]) -> list[list[int]]:
+    """Cut the examples of a micro-batch into slices of similar length, longest first -> lists of
+    indices. Each slice is padded to its own longest and has a forward pass of its own: padding is
+    saved and the loss, which gets all of them, is the same."""
+    slices = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not slices or lengths[i] < SLICE_RATIO * lengths[slices[-1][0]]:
+            slices.append([])
+        slices[-1].append(i)
+    return slices
+
+
 @dataclass
 class Batch:
-    """A padded micro-batch. Rows run through example 0's response, then example 1's, ..."""
+    """A micro-batch. Rows run through example 0's response, then example 1's, ..."""
 
-    ids: Tensor  # (B, T) right-padded
-    positions: Tensor  # (R,) index into (B·T) of the token that predicts each supervised one
+    slices: list[Tensor]  # token ids, each (b, t) right-padded; together all B examples
+    positions: Tensor  # (R,) index into all slices' tokens of the one that predicts each supervised
     targets: Tensor  # (R,) the supervised tokens
     response_lengths: Tensor  # (B,) supervised tokens of each example, on the CPU
 
 
 def collate(examples: Sequence[Example | None], device: torch.device) -> Batch:
-    """Pad examples on the right. Supervision goes by position, never by token id, so padding with
-    any id is harmless. None, a missing partner in a batch of pairs, has length 0 and no line."""
+    """Pad examples on the right, slice by slice (length_slices). Supervision goes by position,
+    never by token id, so padding with any id is harmless. None, a missing partner in a batch of
+    pairs, has length 0 and no line."""
     present = [example for example in examples if example is not None]
-    width = max(len(example.ids) for example in present)
-    ids = np.zeros((len(present), width), dtype=np.int64)
-    positions, targets = [], []
-    for b, example in enumerate(present):
-        ids[b, : len(example.ids)] = example.ids
-        first = b * width + example.start - 1
-        positions.append(np.arange(first, first + example.response_length))
-        targets.append(example.ids[example.start :])
-    arrays = ids, np.concatenate(positions), np.concatenate(targets)
-    tensors = [torch.from_numpy(array).to(device, non_blocking=True) for array in arrays]
+    slices, positions, at = [], [None] * len(present), 0
+    for part in length_slices([len(example.ids) for example in present]):
+        ids = np.zeros((len(part), len(present[part[0]].ids)), dtype=np.int64)
+        for row, b in enumerate(part):
+            example = present[b]
+            ids[row, : len(example.ids)] = example.ids
+            first = at + row * ids.shape[1] + example.start - 1
+            positions[b] = np.arange(first, first + example.response_length)
+        at += ids.size
+        slices.append(ids)
+    targets = np.concatenate([example.ids[example.start :] for example in present])
+    arrays = *slices, np.concatenate(positions), targets
+    *slices, positions, targets = (
+        torch.from_numpy(a).to(device, non_blocking=True) for a in arrays
+    )
     counts = [0 if example is None else example.response_length for example in examples]
-    return Batch(*tensors, torch.tensor(counts))
+    return Batch(slices, positions, targets, torch.tensor(counts))
 
 
 # ---- Chunked response loss: logits of a few hundred rows at a time, gradient in the forward pass -
@@ -1075,6 +1064,13 @@ def write_jsonl(path: str | Path, records: Iterable) -> None:
 def rng_state() -> dict:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def same_rng(state: dict) -> bool:
+    """Whether no random number was drawn since rng_state() gave this state."""
+    now = rng_state()
+    pairs = zip([state["torch"], *state["cuda"]], [now["torch"], *now["cuda"]])
+    return all(torch.equal(one, other) for one, other in pairs)
 
 
 def set_rng_state(state: dict) -> None:

@@ -71,7 +71,7 @@ def gradient_slopes(domain_gradients, dataset_gradients, lr: float) -> np.ndarra
 
 # A loss may exceed its level by this much and still holds it: 0.01 % of a perplexity.
 FEASIBILITY_TOLERANCE = 1e-4
-# The grid of (λ, ε), in units that do not depend on the problem (see solve_mixture).
+# The grid of (λ, ε), in units of the problem (see solve_mixture).
 LAMBDAS = (1.0, 1e2, 1e4, 1e6)
 EPSILONS = (0.0, 1e-4, 3e-4, 1e-3, 1e-2, 1e-1)
 OPTIMALITY_GAP = 1e-2  # of the penalised problem, in spreads of the objective: else another start
@@ -127,7 +127,8 @@ def solve_mixture(losses, slopes, reference, targets, constraints, horizon: int)
 
     The grid is in units of the problem (the paper's is unknown): the objective is divided by its
     spread over the vertices, the constraints by the largest change H |S_ij| of a constrained loss.
-    """
+    So the targets' slopes may have any scale, and only H S counts, not H. The constrained losses
+    may not: FEASIBILITY_TOLERANCE is in their units, and what changes by less holds its level."""
     losses, slopes = np.asarray(losses, dtype=np.float64), np.asarray(slopes, dtype=np.float64)
     reference = np.asarray(reference, dtype=np.float64)
     targets, constraints = np.array(targets, dtype=np.int64), np.array(constraints, dtype=np.int64)
@@ -428,16 +429,10 @@ def probe_batches(examples: list, probe_steps: int, batch_size: int, seed: int, 
     """c batches of dataset j alone for the probe at `step`: a stream of their own that the
     training's cursors never see. Each example at most once, unless there are fewer than
     c · batch_size."""
-    rng, need, order = data_rng(seed, "probe", step, j), probe_steps * batch_size, []
-    while len(order) < need:
-        order += rng.permutation(len(examples)).tolist()
-    lengths, sizes = np.array([len(e.ids) for e in examples]), [batch_size] * probe_steps
-    order = np.array(order[:need])
-    batches = common.length_grouped(order, lengths, sizes, rng, window=probe_steps)
-    result = []
-    for batch in batches:
-        result.append([examples[i] for i in batch])
-    return result
+    rng, need, drawn = data_rng(seed, "probe", step, j), probe_steps * batch_size, []
+    while len(drawn) < need:
+        drawn += [examples[i] for i in rng.permutation(len(examples))]
+    return [drawn[at : at + batch_size] for at in range(0, need, batch_size)]
 
 
 def probe(model, optimizer, problem: Problem, interval: Interval, args, run) -> np.ndarray:
@@ -487,18 +482,14 @@ def align(model, problem: Problem, interval: Interval, args, run) -> np.ndarray:
 
 
 # ---- The loop ------------------------------------------------------------------------------------
-
-DRAW_AHEAD = 16  # batches drawn at once and sorted by length; never across an update
-
-
 def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     """Train with the mixture of each interval, from where the run's checkpoint stopped.
     -> {"steps", "examples", "tokens"}, the best feasible checkpoint {"step", "total", "losses"} or
     None"""
     labels, steps, updates = problem.labels, problem.steps, problem.updates
     pool = [example for part in problem.examples for example in part]
-    sizes, lengths = [*map(len, problem.examples)], [len(example.ids) for example in pool]
-    sampler = common.MixtureSampler(sizes, lengths, args.batch_size, args.seed)
+    sizes = np.array([*map(len, problem.examples)])
+    sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed)
@@ -507,12 +498,12 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     counts = {"steps": 0, "examples": 0, "tokens": 0}
     window = deque(maxlen=args.log_every)  # of each step: sum of the loss, tokens
     seen = np.zeros((2, len(labels)), np.int64)  # examples and response tokens drawn by dataset
-    queue, last_update, best = [], None, None
+    last_update, best = None, None
     mixture = np.full(len(labels), 1 / len(labels)) if problem.fixed is None else problem.fixed
     if run.state:
         state = run.state
         common.restore(state, model, optimizer)
-        counts, queue, best = state["counts"], state["queue"], state["best"]
+        counts, best = state["counts"], state["best"]
         seen, mixture = state["seen"].numpy(), state["mixture"].numpy()
         sampler.cursors, last_update = state["cursors"].numpy(), state["last_update"]
         window.extend(state["window"])
@@ -539,11 +530,7 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
             last_update = known.tolist()
         with run.timer("train"):
             # ---- Step 3: an optimizer step on a batch drawn by the mixture
-            if not queue:
-                ahead = [point for point in updates if point > step] + [steps, step + DRAW_AHEAD]
-                drawn = sampler.batches(mixture, step, min(ahead) - step)
-                queue = [indices.tolist() for indices in drawn]
-            batch = [pool[i] for i in queue.pop(0)]
+            batch = [pool[i] for i in sampler.batch(mixture, step)]
             by_example = common.backward(model, batch, args)
             grad_norm = common.optimizer_step(model, optimizer, rates[step], args.max_grad_norm)
         tokens = np.array([example.response_length for example in batch])
@@ -557,10 +544,10 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
             loss, tokens = np.sum(window, axis=0)
             current = {"loss": loss / tokens, "lr": rates[step], "grad_norm": grad_norm}
             others = common.by_label("mixture", labels, mixture)
-            others |= common.shares(seen, np.array(sizes), labels)
+            others |= common.shares(seen, sizes, labels)
             run.log_training("train", done, steps, current, others)
         if done in save_at or (improved and done < steps):
-            state = {"counts": counts, "queue": queue, "best": best, "last_update": last_update}
+            state = {"counts": counts, "best": best, "last_update": last_update}
             state |= {"seen": seen, "mixture": mixture, "cursors": sampler.cursors}
             state |= {"window": list(window), "before": problem.before, "test": problem.test}
             with run.timer("save"):

@@ -199,7 +199,7 @@ def arm_rewards(
     first_order  the gradient times the update that the optimizer would make; it is not made.
     The mini-batches have their own generator: training's order does not notice. -> (K,). Raises
     UserError naming the dataset whose losses or gradients are not finite."""
-    rewards, rng, reuse = np.zeros(len(arms)), common.rng_state(), None
+    rewards, rng = np.zeros(len(arms)), common.rng_state()
     virtual, fresh = args.lookahead == "virtual", args.reward_on == "fresh"
     snapshot = common.Snapshot(model, optimizer) if virtual else None
     if virtual and step == args.update_every:
@@ -212,12 +212,11 @@ def arm_rewards(
         try:
             losses = common.backward(model, on, args)
             if virtual:
-                # The gradient's forward pass has each example's loss already: the same one, in
-                # fp32 and without dropout.
+                # The gradient's forward pass has each example's loss already: that of evaluation
+                # mode, where it ran in fp32 and drew no random number (dropout).
+                reuse = args.reward == "loss" and args.dtype == "fp32" and not fresh
+                reuse = reuse and common.same_rng(rng)
                 before = losses if reuse else look(model, measured, args)
-                if reuse is None:
-                    reuse = args.reward == "loss" and not fresh
-                    reuse = reuse and np.allclose(losses, before, rtol=1e-5, atol=1e-6)
                 common.optimizer_step(model, optimizer, lr, args.max_grad_norm)
                 rewards[k] = lookahead_reward(before, look(model, measured, args), EPSILON)
                 snapshot.restore()
@@ -249,12 +248,12 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed)
     labels, pool = list(arms), [example for arm in arms.values() for example in arm]
-    lengths, sizes = [len(example.ids) for example in pool], np.array([*map(len, arms.values())])
+    sizes = np.array([*map(len, arms.values())])
     proportions, uniform = sizes / sizes.sum(), np.full(len(arms), 1 / len(arms))
     prior, values = proportions if args.prior else uniform, np.zeros(len(arms))
     if args.init == "proportional":
         values = proportional_values(proportions, args.beta)
-    sampler = common.MixtureSampler(sizes, lengths, args.batch_size, args.seed)
+    sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
     eval_at, save_at = common.every(args.eval_every, steps), common.every(args.save_every, steps)
     update_at = common.every(args.update_every if args.sampling == "dynamix" else 0, steps)
     counts = dict.fromkeys(("steps", "examples", "tokens", "updates"), 0)
@@ -276,12 +275,11 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
         with run.timer("train"):
             # ---- Sampling: for every example a dataset k ~ p, then the next example of D_k
             if args.sampling != "proportional":
-                drawn = sampler.batches(mixture, step)[0]
+                drawn = sampler.batch(mixture, step)
             else:  # Full Coverage: every example exactly once an epoch
                 if step // steps_per_epoch != epoch:
                     epoch = step // steps_per_epoch
-                    # window=1: each batch by itself, as mixed as those of the other samplings
-                    order = lengths, args.batch_size, args.seed, epoch, 1
+                    order = len(pool), args.batch_size, args.seed, epoch
                     batches = common.epoch_batches(*order)
                 drawn = batches[step % steps_per_epoch]
             batch = [pool[i] for i in drawn]

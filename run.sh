@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Reproduce. Two sizes:
-#   bash run.sh            laptop: the built-in tiny model on the toy tasks, about 11 minutes on one CPU core
+#   bash run.sh            laptop: the built-in tiny model on the toy tasks, minutes on one CPU core
 #   bash run.sh paper      Llama-3.1-8B on Alpaca-52K with NTP and SFTMix (its Table 1), Llama-3.2-1B on TÜLU-2 with Full Coverage and
 #                          DynamixSFT, Qwen2.5-3B with a fixed mixture and DynaMiCS. Needs the hub; one 80 GB GPU is enough for the
 #                          last four, full fine-tuning of 8B needs more (or add --lora_rank). Not run by us, who have neither.

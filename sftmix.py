@@ -68,8 +68,8 @@ def partition_thirds(confidence) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Halves:
-    """Example indices, of the data or of one batch: confident and unconfident ones, which are
-    mixed, and the rest, which are not."""
+    """Example indices: confident and unconfident ones, which are mixed, and the rest, which are
+    not."""
 
     confident: np.ndarray
     unconfident: np.ndarray
@@ -193,50 +193,35 @@ def normalisers(scored: float, positions: int, tokens: int, mu: float, rule: str
 
 
 # ---- Step 3: the batches -------------------------------------------------------------------------
-
-PAIR_GROUP = common.LENGTH_GROUP // 2  # pairs of similar length stay together: as many examples
-
-
-def paired_batches(
-    halves: Halves, lengths, batch_size: int, seed: int, epoch: int, window=common.LENGTH_WINDOW
-) -> list[Halves]:
+def paired_batches(halves: Halves, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
     """One epoch of batches with as many confident as unconfident examples, randomly paired (§3.3
-    step 3): confident[i] of a batch is mixed with its unconfident[i], as far as both go.
+    step 3) -> (2, n) example indices each: confident above its unconfident partner, -1 where there
+    is none.
 
-    lengths by example index. The halves are shuffled, grouped by length inside a window of batches
-    (common.length_grouped) and dealt evenly over the batches. Within a batch the pairs are random
-    among examples of similar length; with window=1, among all. Every example occurs once."""
-    lengths, parts = np.asarray(lengths), {}
-    total = len(halves.confident) + len(halves.unconfident) + len(halves.rest)
+    Both halves are shuffled and paired in that order, so that batches are drawn uniformly and pairs
+    at random within them. What has no partner (of an odd N one example, the larger dataset's
+    surplus, the middle third) is spread evenly over the batches, two in the place of a pair, the
+    last of an odd number in the last batch. Every example occurs once."""
+    parts = []
     for name, indices in vars(halves).items():
-        sizes = common.deal(len(indices), -(-total // batch_size))
-        order = data_rng(seed, name, epoch).permutation(np.asarray(indices, dtype=np.int64))
-        # the same generator for all: group k of each comes from the same place of its length order
-        rng = data_rng(seed, "window", epoch)
-        parts[name] = common.length_grouped(order, lengths, sizes, rng, window, PAIR_GROUP)
-    rng, batches = data_rng(seed, "pairs", epoch), []
-    group = PAIR_GROUP if window > 1 else total
-    for confident, unconfident, rest in zip(*parts.values()):
-        confident = shuffle_groups(confident, lengths, group, rng)
-        unconfident = shuffle_groups(unconfident, lengths, group, rng)
-        batches.append(Halves(confident, unconfident, rest))
-    return batches
+        order = np.asarray(indices, dtype=np.int64)
+        parts.append(data_rng(seed, name, epoch).permutation(order))
+    confident, unconfident, rest = parts
+    pairs = min(len(confident), len(unconfident))
+    alone = [unpaired(confident[pairs:]), unpaired(unconfident[pairs:])[::-1], unpaired(rest)]
+    alone = data_rng(seed, "alone", epoch).permutation(np.concatenate(alone, 1), axis=1)
+    twos = (alone.shape[1] + 1) // 2  # a pair's place each
+    sizes = common.batch_sizes(pairs + twos, batch_size // 2)
+    ends = np.cumsum(sizes) * twos // max(1, pairs + twos)  # of `twos`, by the end of each batch
+    paired = np.stack([confident[:pairs], unconfident[:pairs]])  # (2, pairs)
+    mixed = np.split(paired, (np.cumsum(sizes) - ends)[:-1], 1)
+    single = np.split(alone, 2 * ends[:-1], 1)
+    return [np.concatenate(parts, 1) for parts in zip(mixed, single)]
 
 
-def shuffle_groups(indices: np.ndarray, lengths: np.ndarray, group: int, rng) -> np.ndarray:
-    """Sort by length and shuffle within every `group` neighbours."""
-    rank = np.argsort(np.argsort(lengths[indices], kind="stable"))
-    return indices[np.lexsort((rng.random(len(indices)), rank // group))]
-
-
-def columns(batch: Halves) -> np.ndarray:
-    """(2, n) example indices: confident above its unconfident partner, -1 where there is none."""
-    pairs = max(len(batch.confident), len(batch.unconfident))
-    chosen = np.full((2, pairs + len(batch.rest)), -1)
-    chosen[0, : len(batch.confident)] = batch.confident
-    chosen[1, : len(batch.unconfident)] = batch.unconfident
-    chosen[0, pairs:] = batch.rest
-    return chosen
+def unpaired(indices: np.ndarray) -> np.ndarray:
+    """(n,) -> (2, n): examples without a partner."""
+    return np.stack([indices, np.full_like(indices, -1)])
 
 
 # ---- The loop, for the reference and for the target model ----------------------------------------
@@ -246,7 +231,7 @@ class Stage:
 
     name: str  # "reference" or "train": prefix of the metrics
     examples: list[Example]
-    epoch_batches: Callable[[int], list[Halves]]  # epoch -> batches
+    epoch_batches: Callable[[int], list[np.ndarray]]  # epoch -> batches, (2, n) each
     steps: int
     mu: float
     ntp_weight: np.ndarray  # (N,) factor on each example's NTP term
@@ -278,7 +263,7 @@ def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict
             epoch = step // steps_per_epoch
             batches = stage.epoch_batches(epoch)
         with run.timer(stage.name):
-            chosen = columns(batches[step % steps_per_epoch])  # (2, n)
+            chosen = batches[step % steps_per_epoch]  # (2, n)
             present, width = chosen[chosen >= 0], lengths[chosen].max(0)
             # ---- Step 3: one λ ~ Beta(α, α) a pair, from the data order's generator
             lam = data_rng(args.seed, "lambda", step).beta(args.alpha, args.alpha, len(width))
@@ -344,18 +329,18 @@ def perplexities(model, examples: list[Example], args: Namespace) -> np.ndarray:
     return values
 
 
-def ntp_batches(indices: np.ndarray, lengths: np.ndarray, args: Namespace, epoch: int):
-    """One epoch of plain batches over some examples: nothing is mixed."""
-    options = args.batch_size, args.seed, epoch, args.length_window
-    batches, nobody = common.epoch_batches(lengths[indices], *options), indices[:0]
-    return [Halves(nobody, nobody, indices[batch]) for batch in batches]
+def ntp_batches(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """One epoch of plain batches over some examples, (2, n) as paired_batches has them: nothing is
+    mixed."""
+    batches = common.epoch_batches(len(indices), batch_size, seed, epoch)
+    return [unpaired(indices[batch]) for batch in batches]
 
 
 def reference_stage(examples: list[Example], args: Namespace) -> Stage:
     """Step 1: plain NTP on all examples, and the C points at which perplexities are taken: evenly
     spaced, the last at the end. Raises UserError where there are fewer steps than points."""
-    lengths, count = np.array([len(example.ids) for example in examples]), args.num_checkpoints
-    batches = partial(ntp_batches, np.arange(len(examples)), lengths, args)
+    everyone, count = np.arange(len(examples)), args.num_checkpoints
+    batches = partial(ntp_batches, everyone, args.batch_size, args.seed)
     steps = common.total_steps(args, len(batches(0)))
     points = sorted({round(steps * c / count) for c in range(1, count + 1)} - {0})
     if len(points) < count:
@@ -520,7 +505,7 @@ def target_stage(examples: dict, source: list[str], perplexity, args: Namespace)
     if not rows:
         raise UserError("no example has a confidence")
     pool, weight = [examples[i] for i in rows], np.ones(len(rows))
-    lengths, trained_on = np.array([len(example.ids) for example in pool]), np.arange(len(rows))
+    trained_on, options = np.arange(len(rows)), (args.batch_size, args.seed)
     if not is_baseline(args):
         halves = split([source[i] for i in rows], perplexity, args)
         sizes = [f"{len(part):,} {name}" for name, part in vars(halves).items() if len(part)]
@@ -529,12 +514,11 @@ def target_stage(examples: dict, source: list[str], perplexity, args: Namespace)
             raise UserError(f"{len(pool)} examples cannot be split into two parts to mix")
         trained_on = getattr(halves, args.ntp_on, trained_on)  # that get NTP: one half, or all
     if args.mu:
-        options = halves, lengths, args.batch_size, args.seed
-        batches = partial(paired_batches, *options, window=args.length_window)
+        batches = partial(paired_batches, halves, *options)
         weight[:] = 0
         weight[trained_on] = args.ntp_on != "none"
     else:
-        batches = partial(ntp_batches, trained_on, lengths, args)
+        batches = partial(ntp_batches, trained_on, *options)
     steps = common.total_steps(args, len(batches(0)))
     epochs, tokens = steps / len(batches(0)), sum(example.response_length for example in pool)
     plan = f"{steps} steps, {args.epochs or epochs:.3g} epochs; {common.batch_arithmetic(args)}"
@@ -572,9 +556,6 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--select", metavar="longest|FILE",
         help="train on --select_n rows: the longest responses, or the highest scores (Table 7)")
     add("--select_n", type=common.positive_int, default=1000, help="rows that --select keeps")
-    add("--length_window", type=common.positive_int, default=common.LENGTH_WINDOW,
-        help="within so many batches examples (and pairs) of similar length stay together in "
-             "groups of 8: less padding; 1 = pairs random among all of a batch (not in the paper)")
     # fmt: on
     args = parser.parse_args(argv)
     if args.max_steps:

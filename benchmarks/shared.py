@@ -15,11 +15,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402 (the path comes first)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
@@ -111,6 +115,19 @@ def paired(losses: dict[str, np.ndarray], one: str, other: str, sign: str = "") 
     difference = (losses[one] - losses[other]).mean(1)  # (seeds,)
     numbers = mean_error(difference, 4, sign)
     return f"{one} - {other}, macro average, paired by seed: {numbers}"
+
+
+# ---- tokenizers
+
+
+def load_tokenizer(name: str) -> Any:
+    """tiny, a folder or hub id, or that of a .gguf file (pip install gguf)."""
+    if name == "tiny":
+        return common.tiny_tokenizer()
+    if name.endswith(".gguf"):
+        path = Path(name)
+        return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return transformers.AutoTokenizer.from_pretrained(name)
 
 
 # ---- clocks

@@ -4,16 +4,21 @@
     python benchmarks/speed.py --model b               # Llama-style 4 x 256, vocabulary 128,256
     python benchmarks/speed.py --model 1b --dtype bf16 # a GPU: Llama-3.2-1B's shape, length 1,024
     python benchmarks/speed.py --model b --trl         # also TRL (pip install trl)
+    python benchmarks/speed.py --epoch tiny FILE[#N]   # sftmix.py, an epoch of SFTMix against NTP
+    python benchmarks/speed.py --epoch FOLDER|FILE.gguf FILE[#N]   # a random Llama-style 4 x 256
+                                                       # with the tokenizer found there
 
 All weights are random. Variants take turns step by step in one process on the same batches, so that
 a noisy machine is as noisy for all; the number is the median of the ratios within a turn, with the
 quartiles. Peak memory is that of a process of its own for each variant (--only), since one process
-would report the largest for all.
+would report the largest for all. --epoch runs the script itself, SFTMix on random halves and NTP
+in turn on the same rows, and takes the seconds of its training.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -123,11 +128,11 @@ class Workload:
         self.lengths = np.array([len(example.ids) for example in self.examples])
         one, other = np.split(np.arange(len(self.lengths)), 2)
         halves = sftmix.Halves(one, other, one[:0])
-        self.batches = sftmix.paired_batches(halves, self.lengths, args.batch_size, 0, 0)
+        self.batches = sftmix.paired_batches(halves, args.batch_size, 0, 0)
 
     def pairs(self, k: int) -> np.ndarray:
         """(2, n) examples of batch k, a pair a column; they begin again after the last."""
-        return sftmix.columns(self.batches[k % len(self.batches)])
+        return self.batches[k % len(self.batches)]
 
     def mean_tokens(self) -> float:
         """Tokens of a batch, prompts and responses."""
@@ -279,6 +284,46 @@ def peak_memory_apart(variant: str, args: argparse.Namespace) -> dict[str, float
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+# ---- whole epochs of the script
+
+
+def epoch_model(name: str, folder: Path) -> str:
+    """--model of the runs: tiny, or a folder with a random Llama of shape b and this tokenizer."""
+    if name == "tiny":
+        return name
+    tokenizer = shared.load_tokenizer(name)
+    config = copy.deepcopy(SHAPES["b"].config)
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 2048
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def epoch_seconds(variant: str, model: str, args: argparse.Namespace) -> float:
+    """Seconds that sftmix.py trains for one epoch."""
+    own = ["--partition", "random"] if variant == "sftmix" else ["--mu", "0"]
+    flags = ["--model", model, "--data", args.epoch[1], "--epochs", "1", "--template", "alpaca"]
+    flags += ["--lr", str(LR), "--dtype", args.dtype, "--save_every", "0", *own]
+    with tempfile.TemporaryDirectory() as folder:
+        run = shared.run(sftmix, Path(folder) / "run", *flags)
+        return shared.summary(run)["time"]["train"]
+
+
+def time_epochs(args: argparse.Namespace) -> None:
+    """A line a turn: both epochs, and their ratio."""
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = epoch_model(args.epoch[0], Path(folder))
+        for turn in range(args.turns):
+            order = ["ntp", "sftmix"] if turn % 2 else ["sftmix", "ntp"]
+            spent = {variant: epoch_seconds(variant, model, args) for variant in order}
+            ratios.append(spent["sftmix"] / spent["ntp"])
+            seconds = f"NTP {spent['ntp']:.1f} s, SFTMix {spent['sftmix']:.1f} s"
+            print(f"turn {turn}: {seconds}, ratio {ratios[-1]:.3f}", flush=True)
+    print(f"median ratio {np.median(ratios):.3f}, {shared.device_name(common.pick_device())}")
+
+
 def report(variant: str, seconds: dict[str, np.ndarray], work: Workload) -> None:
     memory = peak_memory_apart(variant, work.args)
     low, middle, high = np.quantile(seconds[variant] / seconds["ntp"], [0.25, 0.5, 0.75])
@@ -301,12 +346,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--micro_batch_size", type=int, default=8)
     add("--dtype", choices=["fp32", "bf16"], default="fp32")
     add("--trl", action="store_true", help="also time TRL's SFTTrainer")
+    add("--epoch", nargs=2, metavar=("MODEL", "FILE"), help="time whole epochs instead of steps")
+    add("--turns", type=int, default=3, help="of --epoch")
     add("--only", help="print this variant's peak memory alone (used by the script itself)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.epoch:
+        time_epochs(args)
+        return
     work = Workload(args)
     if args.only:
         print(json.dumps(peak_memory(args.only, work)))

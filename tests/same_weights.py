@@ -53,7 +53,7 @@ COMMANDS = {
             "--ntp_on",
             "unconfident",
         ],
-        "random": [*TOY, "--partition", "random", "--length_window", "1"],
+        "random": [*TOY, "--partition", "random"],
         "baseline": [*TOY, "--mu", "0", "--schedule", "linear", "--weight_decay", "0.3"],
         "longest": [*TOY, "--select", "longest", "--select_n", "40"],
         "lora": [*TOY, "--lora_rank", "2", "--lora_dropout", "0.1", "--gradient_checkpointing"],

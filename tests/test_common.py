@@ -151,63 +151,90 @@ def test_score_is_that_of_unpadded_examples(tokenizer):
 
 
 def test_epoch_batches_cover_everything_once_and_differ_by_epoch():
-    lengths = np.random.default_rng(0).integers(1, 500, 1003)
-    epochs = [common.epoch_batches(lengths, 32, seed=3, epoch=epoch) for epoch in (0, 1)]
+    epochs = [common.epoch_batches(1003, 32, seed=3, epoch=epoch) for epoch in (0, 1)]
     for batches in epochs:
         assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
         assert max(map(len, batches)) <= 32
         assert min(map(len, batches)) >= 31
     assert any(set(a) != set(b) for a, b in zip(*epochs))
-    again = common.epoch_batches(lengths, 32, seed=3, epoch=0)
+    again = common.epoch_batches(1003, 32, seed=3, epoch=0)
     assert len(again) == len(epochs[0])
     assert all(np.array_equal(a, b) for a, b in zip(again, epochs[0]))
 
 
 def test_data_order_ignores_the_models_rng():
-    first = common.epoch_batches(np.arange(50), 8, 0, 0)
+    first = common.epoch_batches(50, 8, 0, 0)
     torch.manual_seed(99)
     np.random.seed(99)
-    again = common.epoch_batches(np.arange(50), 8, 0, 0)
+    again = common.epoch_batches(50, 8, 0, 0)
     assert len(first) == len(again)
     assert all(np.array_equal(a, b) for a, b in zip(first, again))
 
 
-def efficiency(batches, lengths):
-    """Share of the padded positions that hold a token."""
-    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-    return lengths[np.concatenate(batches)].sum() / padded
+def log_normal_examples(count, seed=0):
+    """Examples of about 100 tokens, of very unlike length."""
+    rng, examples = np.random.default_rng(seed), []
+    for row in range(count):
+        length = int(np.clip(rng.lognormal(4.2, 0.7), 4, 400))
+        ids = rng.integers(0, 256, length)
+        examples.append(data.Example(ids, int(rng.integers(1, length)), row))
+    return examples
 
 
-def test_length_grouping_saves_padding():
-    lengths = np.random.default_rng(0).integers(20, 500, 4000)
-    plain = np.array_split(np.random.default_rng(1).permutation(4000), 500)
-    grouped = common.epoch_batches(lengths, 8, 0, 0)
-    assert efficiency(plain, lengths) < 0.65 < 0.9 < efficiency(grouped, lengths)
+def test_batches_are_drawn_uniformly():
+    """... over the whole epoch, whatever the lengths: any two examples share a batch as often."""
+    together, epochs = np.zeros((24, 24)), 3000
+    for epoch in range(epochs):
+        for batch in common.epoch_batches(24, 6, 0, epoch):
+            together[np.ix_(batch, batch)] += 1
+    others = together[~np.eye(24, dtype=bool)] / epochs
+    assert np.abs(others - 5 / 23).max() < 5 * np.sqrt(5 / 23 * 18 / 23 / epochs)
 
 
-def test_length_groups_leave_batches_mixed():
-    """Micro-batches are of one length, optimizer batches of all lengths: their mean lengths spread
-    little."""
-    lengths = np.random.default_rng(0).integers(20, 500, 4000)
-    batches = common.epoch_batches(lengths, 64, 0, 0)
-    micros = []
-    for batch in batches:
-        micros += common.micro_batches(batch.tolist(), lengths[batch], 8)
-    assert efficiency(micros, lengths) > 0.9
-    means = np.array([lengths[batch].mean() for batch in batches])
-    independent = lengths.std() / np.sqrt(64 / common.LENGTH_GROUP)  # 8 groups drawn independently
-    assert means.std() < 1.3 * independent
-    assert sorted(np.concatenate(batches).tolist()) == list(range(4000))
+def padded(slices):
+    return sum(ids.numel() for ids in slices)
+
+
+def test_slices_save_padding():
+    """Micro-batches of 8 of a uniform batch of 32."""
+    examples, tokens, whole, sliced = log_normal_examples(960), 0, 0, 0
+    lengths = [len(example.ids) for example in examples]
+    for batch in common.epoch_batches(960, 32, 0, 0):
+        for micro in common.micro_batches(batch, [lengths[i] for i in batch], 8):
+            tokens += sum(lengths[i] for i in micro)
+            whole += 8 * max(lengths[i] for i in micro)
+            sliced += padded(common.collate([examples[i] for i in micro], "cpu").slices)
+    assert tokens / whole < 0.75 < 0.9 < tokens / sliced
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_slices_change_nothing(monkeypatch, name):
+    """States, loss and gradients are those of one padded pass, row by row, in float64."""
+    examples = log_normal_examples(9)
+    results = []
+    for ratio in (common.SLICE_RATIO, 0.0):  # 0: one slice
+        monkeypatch.setattr(common, "SLICE_RATIO", ratio)
+        model = random_model(name).double().eval()
+        batch = common.collate([*examples[:4], None, *examples[4:]], "cpu")
+        states, head = common.response_states(model, batch, "fp32")
+        common.response_loss(states, batch.targets, head)[0].backward()
+        gradients = [p.grad for p in model.parameters()]
+        results.append((len(batch.slices), batch.targets, states, gradients))
+    (several, *one), (single, *other) = results
+    assert several > 3 > single == 1
+    assert torch.equal(one[0], other[0])
+    assert (one[1] - other[1]).abs().max() < 1e-5  # norms and rotations are in fp32
+    for a, b in zip(one[2], other[2]):
+        assert (a - b).abs().max() < 1e-5 * max(1, b.abs().max())
 
 
 def draws(sampler, probabilities, steps):
-    return [sampler.batches(probabilities, step)[0] for step in steps]
+    return [sampler.batch(probabilities, step) for step in steps]
 
 
 def test_mixture_sampler_passes_through_every_dataset_without_replacement():
     sizes, mixture = [30, 7, 1], [0.5, 0.3, 0.2]
-    lengths = np.full(38, 50)  # of one length: batches keep the order of the draws
-    sampler = common.MixtureSampler(sizes, lengths, 8, seed=1)
+    sampler = common.MixtureSampler(sizes, 8, seed=1)
     drawn = draws(sampler, mixture, range(20))
     assert [len(batch) for batch in drawn] == [8] * 20
     flat = np.concatenate(drawn)
@@ -217,21 +244,32 @@ def test_mixture_sampler_passes_through_every_dataset_without_replacement():
         assert counts.max() - counts.min() <= 1  # nothing comes again before its dataset is through
     assert second[:7].tolist() != second[7:14].tolist()  # reshuffled for each pass
     assert sorted(second[:7]) == sorted(second[7:14])
-    again = common.MixtureSampler(sizes, lengths, 8, seed=1)
+    again = common.MixtureSampler(sizes, 8, seed=1)
     draws(again, mixture, range(10))
-    other = common.MixtureSampler(sizes, lengths, 8, seed=1)
+    other = common.MixtureSampler(sizes, 8, seed=1)
     other.cursors[:] = again.cursors  # `cursors` is the whole state
     rest = draws(other, mixture, range(10, 20))
     assert all(np.array_equal(a, b) for a, b in zip(rest, drawn[10:]))
 
 
 def test_mixture_sampler_draws_the_target_share():
-    sampler = common.MixtureSampler([100, 200, 50], np.ones(350, int), 1000, seed=0)
-    sampler.batches([0.1, 0.2, 0.7], 0, steps=20)
+    sampler = common.MixtureSampler([100, 200, 50], 1000, seed=0)
+    draws(sampler, [0.1, 0.2, 0.7], range(20))
     share = sampler.cursors / 20000
     assert np.abs(share - [0.1, 0.2, 0.7]).max() < 4 * np.sqrt(0.25 / 20000)
-    sampler.batches([0.0, 1.0, 0.0], 20)
+    sampler.batch([0.0, 1.0, 0.0], 20)
     assert sampler.cursors.sum() == 21000
+
+
+def test_every_row_of_a_batch_is_drawn_by_itself():
+    """How many of a batch come from each dataset is multinomial: of 8 from two datasets, half and
+    half, 2 · 2^-8 of the batches hold one alone, and the variance of the count is 8 / 4."""
+    sampler = common.MixtureSampler([3000, 5000], 8, seed=2)
+    drawn = np.array(draws(sampler, [0.5, 0.5], range(4000)))
+    first = (drawn < 3000).sum(1)
+    assert np.mean((first == 0) | (first == 8)) == pytest.approx(2 / 256, abs=0.006)
+    assert first.var() == pytest.approx(2.0, abs=0.15)
+    assert np.corrcoef(first[:-1], first[1:])[0, 1] == pytest.approx(0, abs=0.06)
 
 
 # ------------------------------------------------------------------------ optimisation

@@ -447,7 +447,7 @@ def test_pad_equal_to_eos_is_harmless():
     expected = np.concatenate([example.ids[example.start :] for example in examples])
     assert batch.targets.tolist() == expected.tolist()
     assert (batch.targets == tokenizer.eos_token_id).sum() == 2
-    flat = batch.ids.reshape(-1)
+    flat = torch.cat([ids.reshape(-1) for ids in batch.slices])
     assert torch.equal(flat[batch.positions + 1], batch.targets)  # each predicts the token after it
 
 

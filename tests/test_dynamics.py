@@ -525,9 +525,9 @@ def test_gradient_alignment_predicts_a_plain_gradient_step(train_examples, domai
 # ------------------------------------------------------------------------ the command
 
 GOLDEN = {
-    "train/loss": [5.53388, 4.59787, 4.18992],
-    "eval/add/nll": [5.57934, 4.40463],
-    "slope/add/copy": [-0.19235],
+    "train/loss": [5.50412, 4.57538, 4.28701],
+    "eval/add/nll": [5.56294, 4.35022],
+    "slope/add/copy": [-0.25060],
 }
 QUICK = ["--model", "tiny", "--template", "plain", "--lr", "1e-3", "--eval_limit", "6"]
 QUICK += ["--probe_steps", "1", "--log_every", "1"]
@@ -535,6 +535,7 @@ LABELS = ["add", "copy", "count"]
 TOY = ["--data", "toy/add#40", "toy/copy#40", "toy/count"]
 TOY += ["--eval_data", "toy/add#24", "toy/copy#24", "toy/count#24"]
 TOY += ["--targets", "add", "--constraints", "copy", "--max_steps", "8", "--updates", "0,2,5"]
+TOY += ["--seed", "3"]
 
 
 def run(folder, *flags):
@@ -600,8 +601,7 @@ def test_metrics_are_consistent(finished):
             assert after[f"update/{label}/observed"] == pytest.approx(observed)
         assert "slope/count/add" not in record  # monitored: reported, not part of the problem
 
-    # between two updates nothing is drawn from a dataset of weight 0, also not by batches that were
-    # drawn ahead
+    # between two updates nothing is drawn from a dataset of weight 0
     steps = [record for record in log if "train/loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 9))
     drawn = {record["step"]: drawn_of(record) for record in steps}
@@ -640,7 +640,7 @@ def test_the_chosen_checkpoint_is_the_best_feasible_one(finished):
     assert same(weights(folder), weights(folder, "best"))
 
     args = make_args("--micro_batch_size", "8")
-    (dataset,) = data.load_data(["toy/add#24"], split="eval")
+    (dataset,) = data.load_data(["toy/add#24"], seed=3, split="eval")
     target = dynamics.make_domain(dataset, args, plain(common.tiny_tokenizer()))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "final")
     nll = dynamics.report_test(model, [target], args)["add"]["nll"]
@@ -675,14 +675,14 @@ def test_weights_are_followed(tmp_path):
 
 @pytest.mark.parametrize("at, extra", [(4, []), (7, ["--save_every", "3"])])
 def test_killed_and_resumed_is_bit_identical(tmp_path, finished, at, extra):
-    """Killed between updates, after a best checkpoint and after a regular one: drawn but unused
-    batches, weights and best are kept."""
+    """Killed between updates, after a best checkpoint and after a regular one: cursors, weights and
+    best are kept."""
     folder, (whole, summary) = tmp_path / "run", finished
     with killed_at(at, "train/loss"):
         run(folder, *TOY, *extra)
     state = torch.load(folder / "checkpoint" / "state.pt", weights_only=True)
     assert 0 < state["counts"]["steps"] <= at
-    assert state["queue"]
+    assert state["cursors"].sum() == state["counts"]["examples"]
     assert state["best"]
     torch.rand(100)  # another place in the model's RNG
     resumed = run(folder, *TOY, *extra, "--resume")

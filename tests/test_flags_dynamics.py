@@ -381,7 +381,7 @@ class Spy:
         patch.setattr(plots, "draw", lambda folder: [])
         self.original = {}
         for name, owner, attribute in (
-            ("draw", common.MixtureSampler, "batches"),
+            ("draw", common.MixtureSampler, "batch"),
             ("backward", common, "backward"),
             ("step", common, "optimizer_step"),
             ("score", common, "score"),
@@ -646,21 +646,20 @@ def test_training_rates_and_batches(watched):
     """--max_steps, --updates, --batch_size: each batch is drawn with the mixture in force at its
     step, never ahead across an update, from cursors that the probes do not move."""
     draws = watched.all("draw")
-    assert [(d["args"][2], d["args"][3]) for d in draws] == [*zip(UPDATES, HORIZONS)]
-    lengths = [len(e.ids) for e in training_pool(watched)]
-    sampler = common.MixtureSampler([*SIZES.values()], lengths, 4, SEED)
+    assert [draw["args"][2] for draw in draws] == list(range(STEPS))
+    sampler = common.MixtureSampler([*SIZES.values()], 4, SEED)
     starts, drawn = dict(enumerate([0, 12, 22])), []
-    for draw, mixture in zip(draws, own_mixtures(watched)):
+    for draw, mixture in zip(draws, np.repeat(own_mixtures(watched), HORIZONS, 0)):
         assert draw["args"][1] == pytest.approx(mixture)
-        drawn += [batch.tolist() for batch in sampler.batches(*draw["args"][1:])]
+        drawn.append(sampler.batch(*draw["args"][1:]).tolist())
     assert all(event["training"] for event in watched.all("backward"))
     assert {event["args"][3] for event in watched.all("step")} == {CLIP}  # of the probes, too
     trained = [[starts[k] + row for k, row in ids_of(step["batch"])] for step in watched.steps]
     assert trained == drawn
     assert [s["rate"] for s in watched.steps] == pytest.approx([*map(own_rate, range(STEPS))])
     for k, size in enumerate(SIZES.values()):  # a probe's examples are not the training's next
-        sampler = common.MixtureSampler([*SIZES.values()], lengths, 4 * PROBE, SEED)
-        first = sampler.batches(np.eye(3)[k], 0)[0] - starts[k]
+        sampler = common.MixtureSampler([*SIZES.values()], 4 * PROBE, SEED)
+        first = sampler.batch(np.eye(3)[k], 0) - starts[k]
         probed = [row for _, row in ids_of(sum(watched.updates[0]["probes"][k]["batches"], []))]
         assert sorted(first) != sorted(probed), size
 
@@ -1072,7 +1071,7 @@ def test_feasible_on_validation_but_not_on_test_rows(
 )
 def test_fixed_mixtures(tmp_path, model_folder, flags, expected):
     """--mixture, --target_mass, --target_data: the probabilities of every draw; nothing is probed,
-    no mixture solved for. At most 16 batches are drawn at once."""
+    no mixture solved for."""
     if isinstance(flags, dict):
         (tmp_path / "mix.json").write_text(json.dumps(flags))
         flags = ["--mixture", str(tmp_path / "mix.json")]
@@ -1080,7 +1079,7 @@ def test_fixed_mixtures(tmp_path, model_folder, flags, expected):
     flags += ["--eval_data", "toy/sort#4", "toy/add#4", "--targets", "sort", "add"]
     flags += ["--model", model_folder("llama"), "--lora_rank", "0", "--updates", "0"]
     spy = watched_run(tmp_path / "run", *flags, "--batch_size", "1", "--dtype", "bf16")
-    assert [event["args"][2:] for event in spy.all("draw")] == [(0, 16), (16, 2)]
+    assert [event["args"][2] for event in spy.all("draw")] == list(range(18))
     for event in spy.all("draw"):
         assert event["args"][1] == pytest.approx(expected, abs=1e-12)
     assert not spy.all("snapshot") + spy.all("solve")

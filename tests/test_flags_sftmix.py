@@ -112,7 +112,6 @@ RECIPE = dict(
     mixup_norm="batch",
     select=None,
     select_n=1000,
-    length_window=16,
 )
 
 
@@ -334,7 +333,6 @@ def test_logged_losses_are_means_over_the_window(tmp_path, files):
     """train/loss between two lines of metrics.jsonl: all sums of the steps by all divisors, not
     the mean of means."""
     flags = ["--max_steps", "5", "--log_every", "3", "--mixup_norm", "mean", "--lr", "1e-2"]
-    flags += ["--length_window", "1"]  # uneven batches
     steps = run(tmp_path / "run", *files["split"], *flags)
     rows = []
     for step in steps:
@@ -391,68 +389,16 @@ def test_partition_at_random(tmp_path, files):
     assert not (tmp_path / "0" / "confidence.jsonl").exists()
 
 
-# 32 rows of four lengths, as many of each in both halves (the even rows are the confident ones)
-FOUR = [10 * (1 + i // 2 % 4) for i in range(32)]
-
-
-def apart(first, second):
-    """No text of one batch is longer than the shortest of the other, or the other way round."""
-    first, second = (sorted(map(len, texts)) for texts in (first, second))
-    return first[-1] <= second[0] or second[-1] <= first[0]
-
-
-def test_length_window(tmp_path, files):
-    """Within so many batches examples of similar length stay together, in the reference's batches
-    and in the pairs: 16 reaches over all four batches here, 2 over two of them, 1 over none."""
-    rows = [{"prompt": "p", "response": f"{i:02d}" + "x" * (n - 2)} for i, n in enumerate(FOUR)]
-    file = to_jsonl(tmp_path / "four.jsonl", rows)
-    perplexity = np.array([[2.0, 3.0] * 16])
-    scores = write_confidence(tmp_path / "scores.jsonl", file, perplexity)
-    flags = [*files["plain"], "--data", file, "--batch_size", "8", "--epochs", "1"]
-    texts, confident, pure, unequal = {}, {}, {}, {}
-    for window in (16, 2, 1):
-        own = [*flags, "--length_window", str(window)]
-        steps = run(tmp_path / f"plain{window}", *own, "--mu", "0")
-        texts[window] = [step.texts for step in steps]
-        pure[window] = sum(len(set(map(len, batch))) == 1 for batch in texts[window])
-        steps = run(tmp_path / f"pairs{window}", *own, "--confidence", scores)
-        confident[window] = [[c for c, _, _ in step.pairs] for step in steps]
-        unequal[window] = sum(len(c) != len(u) for step in steps for c, u, _ in step.pairs)
-    assert pure[16] == 4 > pure[2]
-    assert pure[1] == unequal[16] == 0 < unequal[2]
-    assert unequal[1] > 8  # of 16 pairs: independent lengths are equal in a quarter of them
-    for batches in (texts, confident):
-        assert all(apart(*batches[2][at : at + 2]) for at in (0, 2))
-        assert not any(apart(*batches[1][at : at + 2]) for at in (0, 2))
-    default = run(tmp_path / "default", *flags, "--confidence", scores)
-    assert all(len(c) == len(u) for step in default for c, u, _ in step.pairs)
-    reference = run(tmp_path / "run", *flags, "--length_window", "1", "--num_checkpoints", "1")
-    assert [step.texts for step in reference[:4]] == texts[1]
-
-
-def test_pairs_are_random_within_their_group():
-    """Partners have other ranks by length: as often as not within a group of 4 pairs (rank by rank
-    one in 4), hardly ever among all 32 of a batch with window 1 (one in 32)."""
-    lengths = np.random.default_rng(0).permutation(512)
-    confident, unconfident = np.arange(256), np.arange(256, 512)
-    halves = sftmix.Halves(confident, unconfident, confident[:0])
-    for window, low, high in ((16, 48, 80), (1, 1, 20)):
-        equal = 0
-        for batch in sftmix.paired_batches(halves, lengths, 64, 0, 0, window):
-            ranks = [np.argsort(np.argsort(lengths[part])) for part in vars(batch).values()]
-            equal += (ranks[0] == ranks[1]).sum()
-        assert low < equal < high
-
-
 def test_batches_follow_seed_and_epoch():
-    """Both halves are dealt anew in every epoch and under every seed, and again the same."""
-    confident, unconfident = np.arange(24), np.arange(24, 48)
-    halves = sftmix.Halves(confident, unconfident, confident[:0])
+    """Both halves, and what has no partner, are dealt anew in every epoch and under every seed, and
+    again the same."""
+    halves = sftmix.Halves(np.arange(24), np.arange(24, 48), np.arange(48, 72))
 
     def dealt(seed, epoch):
-        batches = sftmix.paired_batches(halves, np.full(48, 7), 16, seed, epoch, window=1)
-        found = [[sorted(part) for part in vars(batch).values()] for batch in batches]
-        return [[str(part) for part in parts] for parts in zip(*found)][:2]
+        batches = sftmix.paired_batches(halves, 24, seed, epoch)
+        found = [np.split(batch, [8], 1) for batch in batches]  # 8 pairs and 8 alone
+        sides = [(*map(sorted, pairs), sorted(alone[0])) for pairs, alone in found]
+        return [[str(part) for part in parts] for parts in zip(*sides)]
 
     cases = [(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     for side in zip(*(dealt(*case) for case in cases)):

@@ -445,10 +445,22 @@ def test_collate_by_hand():
     one = data.Example(np.array([257, 5, 6, 7, 258]), 3, 0)
     two = data.Example(np.array([257, 9, 258]), 1, 1)
     batch = common.collate([one, None, two], "cpu")
-    assert batch.ids.tolist() == [[257, 5, 6, 7, 258], [257, 9, 258, 0, 0]]
+    assert [ids.tolist() for ids in batch.slices] == [[[257, 5, 6, 7, 258]], [[257, 9, 258]]]
     assert batch.positions.tolist() == [2, 3, 5, 6]  # of the tokens before
     assert batch.targets.tolist() == [7, 258, 9, 258]
     assert batch.response_lengths.tolist() == [2, 0, 2]
+    four = data.Example(np.array([257, 8, 8, 258]), 2, 2)
+    batch = common.collate([two, four, one], "cpu")  # 4 of 5 share a slice, 3 do not
+    assert batch.slices[0].tolist() == [[257, 5, 6, 7, 258], [257, 8, 8, 258, 0]]
+    assert batch.slices[1].tolist() == [[257, 9, 258]]
+    assert batch.positions.tolist() == [10, 11, 6, 7, 2, 3]
+    assert batch.targets.tolist() == [9, 258, 8, 258, 7, 258]
+
+
+def test_slices_by_hand():
+    """Longest first, equal ones in order; a new slice below 0.8 of its slice's longest."""
+    assert common.length_slices([80, 100, 79, 64, 63, 79]) == [[1, 0], [2, 5, 3], [4]]
+    assert common.length_slices([7]) == [[0]]
 
 
 def test_micro_batches_by_hand():
@@ -464,77 +476,52 @@ def test_batch_sizes_are_near_equal():
     assert common.deal(7, 3).tolist() == [2, 3, 2]
 
 
-def test_length_groups_by_hand():
-    """A window's batches are dealt groups of at most 8 neighbours in length; the order within the
-    permutation decides on the window."""
-    lengths = np.random.default_rng(1).permutation(96)
-    order, sizes = np.random.default_rng(2).permutation(96), [24, 24, 24, 24]
-    batches = common.length_grouped(order, lengths, sizes, np.random.default_rng(3), 2)
-    assert [len(batch) for batch in batches] == sizes
-    for at in (0, 2):
-        window = sorted(lengths[order[24 * at : 24 * at + 48]].tolist())
-        groups = [window[first : first + 8] for first in range(0, 48, 8)]
-        dealt = []
-        for batch in batches[at : at + 2]:
-            parts = lengths[batch].reshape(3, 8).tolist()
-            assert all(part in groups for part in parts)
-            dealt += [groups.index(part) for part in parts]
-        assert sorted(dealt) == list(range(6))
-        assert sorted(dealt[:3]) not in ([0, 1, 2], [3, 4, 5])  # at random
-    alone = common.length_grouped(order, lengths, sizes, np.random.default_rng(3), 1)
-    assert [sorted(batch) for batch in alone] == np.sort(order.reshape(4, 24)).tolist()
-
-
 def test_epoch_batches_follow_seed_and_epoch():
     """Every position of the order is another in another epoch and under another seed."""
-    lengths, cases = np.arange(64), [(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    cases = [(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
 
-    def batches(seed, epoch, window):
-        return [sorted(b) for b in common.epoch_batches(lengths, 8, seed, epoch, window)]
+    def batches(seed, epoch):
+        return [batch.tolist() for batch in common.epoch_batches(64, 8, seed, epoch)]
 
-    for window, most in ((1, 60), (8, 7)):  # of length 0 to 63: 8 at random, or neighbours
-        found = [batches(*case, window) for case in cases]
-        assert len({str(order) for order in found}) == 6
-        assert found == [batches(*case, window) for case in cases]
-        spread = np.mean([batch[-1] - batch[0] for order in found for batch in order])
-        assert most * 0.7 < spread <= most
+    found = [batches(*case) for case in cases]
+    assert len({str(order) for order in found}) == 6
+    assert found == [batches(*case) for case in cases]
+    sizes = [len(batch) for batch in common.epoch_batches(10, 4, 0, 0)]
+    assert sizes == [3, 4, 3]
 
 
 def test_mixture_sampler_by_hand():
     """Draws depend on seed and step, the order within a dataset on seed, dataset and pass. Of a
     dataset with probability 0 nothing is drawn."""
-    sizes, lengths, mixture = [5, 3, 4], np.arange(12), [0.5, 0.0, 0.5]
+    sizes, mixture = [5, 3, 4], [0.5, 0.0, 0.5]
 
     def sampler(seed=0):
-        return common.MixtureSampler(sizes, lengths, 6, seed)
+        return common.MixtureSampler(sizes, 6, seed)
 
     one = sampler()
-    first, second = one.batches(mixture, 0)[0], one.batches(mixture, 1)[0]
+    first, second = one.batch(mixture, 0), one.batch(mixture, 1)
     assert one.cursors[1] == 0
     assert one.cursors.sum() == 12
     assert set(first) | set(second) <= {0, 1, 2, 3, 4, 8, 9, 10, 11}
     both = np.concatenate([first, second])
-    assert sampler().batches(mixture, 0)[0].tolist() == first.tolist()
-    assert len({str(sampler(seed).batches(mixture, 0)[0]) for seed in range(5)}) == 5
-    assert len({str(sampler().batches(mixture, step)[0]) for step in range(5)}) > 2
+    assert sampler().batch(mixture, 0).tolist() == first.tolist()
+    assert len({str(sampler(seed).batch(mixture, 0)) for seed in range(5)}) == 5
+    assert len({str(sampler().batch(mixture, step)) for step in range(5)}) > 2
     for start, size in ((0, 5), (8, 4)):
         part = both[(both >= start) & (both < start + size)]
         assert len(set(part[:size])) == min(size, len(part))  # without replacement
-    passes = np.split(common.MixtureSampler([6], np.full(6, 1), 6, 0).batches([1.0], 0, 4)[0], 1)
-    assert sorted(passes[0]) == list(range(6))
+    whole = common.MixtureSampler([6], 6, 0)
+    passes = [whole.batch([1.0], step).tolist() for step in range(2)]
+    assert sorted(passes[0]) == sorted(passes[1]) == list(range(6))
+    assert passes[0] != passes[1]
     drawn = set()
     for seed, step in ((0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (0, 2), (0, 3)):
-        large = common.MixtureSampler([999] * 3, np.ones(2997), 200, seed)
-        large.batches([0.2, 0.3, 0.5], step)
+        large = common.MixtureSampler([999] * 3, 200, seed)
+        large.batch([0.2, 0.3, 0.5], step)
         drawn.add(tuple(large.cursors.tolist()))
     assert len(drawn) == 7  # counts of each dataset, by seed and step
     orders = [sampler()._take(0, 20), sampler(1)._take(0, 20)]
     assert len({str(order[at : at + 5]) for order in orders for at in (0, 5, 10, 15)}) > 4
-    several = sampler().batches(mixture, 0, steps=3)
-    assert [len(batch) for batch in several] == [6] * 3
-    ranges = [sorted(lengths[batch].tolist()) for batch in several]
-    ranges.sort()
-    assert all(a[-1] <= b[0] for a, b in zip(ranges, ranges[1:]))  # grouped by length
 
 
 def test_learning_rates_by_hand():
