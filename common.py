@@ -1345,9 +1345,11 @@ def data_config(training: list[Dataset], evaluation: list[Dataset], examples: It
     config["eval_fingerprint"] = data.fingerprint(evaluation)
     config["ids_fingerprint"] = data.ids_fingerprint(examples)
     config["datasets"] = {dataset.label: len(dataset.rows) for dataset in training}
-    sets = [*training, *evaluation]
-    config["left_out"] = {each.label: each.left_out for each in sets if each.left_out}
-    config["columns_not_used"] = {each.label: each.unused for each in sets if each.unused}
+    for name, sets in (("data", training), ("eval_data", evaluation)):
+        counted = {each.label: each.left_out for each in sets if each.left_out}
+        config.setdefault("left_out", {})[name] = counted
+        unused = {each.label: each.unused for each in sets if each.unused}
+        config.setdefault("columns_not_used", {})[name] = unused
     return config
 
 

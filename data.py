@@ -1173,25 +1173,27 @@ class Template:
         """-> (prompt ids, response ids with one end of turn) of each row. The response is what
         follows the prompt's ids in the joint tokenisation, or tokenised apart where that differs;
         a plain text follows BOS where the tokenizer adds one. Raises UserError."""
-        result, texts, places = [None] * len(rows), [], []
+        result, chosen, texts = [None] * len(rows), [], []
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        begin = [bos] if adds_bos(self.tokenizer) else []
         for i, row in enumerate(rows):
             if not row.messages:
                 text = self._tokenize([row.response], split_special_tokens=True)[0]
-                result[i] = [bos] if adds_bos(self.tokenizer) else [], [*text, eos]
+                result[i] = begin, [*text, eos]
                 continue
             row, mark = self._stand_ins(row)
             prompt, response = self.text(row)
             if mark:
                 result[i] = self._split_ids(prompt, mark), self._split_ids(response, mark)
             else:
-                texts += [prompt, prompt + response, response]
-                places.append(i)
-        tokens = self._tokenize(texts)
-        for i, at in zip(places, range(0, len(texts), 3)):
-            prompt, joint, response = tokens[at : at + 3]
-            if joint[: len(prompt)] == prompt:
-                response = joint[len(prompt) :]
+                chosen.append(i)
+                texts.append((prompt, response))
+        prompts = self._tokenize([prompt for prompt, _ in texts])
+        joints = self._tokenize(["".join(text) for text in texts])
+        for i, text, prompt, joint in zip(chosen, texts, prompts, joints):
+            response = joint[len(prompt) :]
+            if joint[: len(prompt)] != prompt:
+                response = self._tokenize([text[1]])[0]
             result[i] = prompt, response
         last = {*self.special.values(), self.end_token}
         return [(p, r if r and r[-1] in last else [*r, eos]) for p, r in result]

@@ -73,7 +73,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("min((at for at in places if at >= 0)", "max((at for at in places if at >= 0)"),
         ("at = answer.rfind(self.end)", "at = answer.find(self.end)"),
         ("if not self.marker.search(text):", "if True:"),
-        ("if joint[: len(prompt)] == prompt:", "if True:"),
+        ("if joint[: len(prompt)] != prompt:", "if False:"),
         ("r if r and r[-1] in last else [*r, eos]", "[*r, eos]"),
         ("[bos] if adds_bos(self.tokenizer) else []", "[] if bos is None else [bos]"),
         (

@@ -594,12 +594,14 @@ def test_cut_and_left_out_are_counted_everywhere(tmp_path, write_jsonl, capsys):
     ]
     records += [{"prompt": "p" * 200, "completion": "b"}, {"prompt": "p", "completion": " "}]
     path, run = write_jsonl("x.jsonl", records), tmp_path / "run"
-    flags = f"--data {path} --max_length 128 --template plain --mu 0 --ntp_on full --max_steps 1"
+    flags = f"--data {path} --eval_data {path} --max_length 128 --template plain --mu 0"
+    flags += " --ntp_on full --max_steps 1"
     sftmix.main([*flags.split(), "--output_dir", str(run), "--batch_size", "2"])
     assert "1 cut at --max_length; left out: empty response: 1, prompt fills max_length: 1" in (
         capsys.readouterr().out
     )
     counted = {"x": {"cut at --max_length": 1, "empty response": 1, "prompt fills max_length": 1}}
+    counted = {"data": counted, "eval_data": counted}
     for file in ("config.json", "summary.json"):
         assert json.loads((run / file).read_text())["left_out"] == counted
 
