@@ -209,7 +209,7 @@ def paired_batches(halves: Halves, batch_size: int, seed: int, epoch: int) -> li
     confident, unconfident, rest = parts
     pairs = min(len(confident), len(unconfident))
     alone = [unpaired(confident[pairs:]), unpaired(unconfident[pairs:])[::-1], unpaired(rest)]
-    alone = data_rng(seed, "alone", epoch).permutation(np.concatenate(alone, 1), axis=1)
+    alone = np.concatenate(alone, 1)  # (2, n); where there is a rest, the halves are equal
     twos = (alone.shape[1] + 1) // 2  # a pair's place each
     sizes = common.batch_sizes(pairs + twos, batch_size // 2)
     ends = np.cumsum(sizes) * twos // max(1, pairs + twos)  # of `twos`, by the end of each batch

@@ -216,7 +216,6 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("data_rng(seed, name, epoch).permutation", "data_rng(seed, name).permutation"),
         ("data_rng(seed, name, epoch).permutation", "data_rng(0, name, epoch).permutation"),
         ("data_rng(seed, name, epoch).permutation", 'data_rng(seed, "both", epoch).permutation'),
-        ('data_rng(seed, "alone", epoch).permutation', 'data_rng(seed, "alone").permutation'),
         ("unpaired(unconfident[pairs:])[::-1]", "unpaired(unconfident[pairs:])"),
         (
             "ends = np.cumsum(sizes) * twos //",

@@ -64,7 +64,8 @@ def flags_for(page):
     """Flags that a page may name: those of its method's script and benchmarks, and of plots.py; on
     README.md and docs/eval.md those of all scripts."""
     name = Path(page).stem + ".py"
-    paths = ["common.py", "plots.py", name, f"benchmarks/{name}", "benchmarks/speed.py"]
+    shared = ["common.py", "plots.py", "benchmarks/speed.py", "benchmarks/batches.py"]
+    paths = [*shared, name, f"benchmarks/{name}"]
     if name in ("README.py", "eval.py"):
         paths = ["common.py", *SCRIPTS]
     return set().union(*map(flags_in, paths))

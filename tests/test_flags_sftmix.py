@@ -406,6 +406,19 @@ def test_batches_follow_seed_and_epoch():
     assert [dealt(*case) for case in cases] == [dealt(*case) for case in cases]
 
 
+def test_ntp_batches_follow_seed_and_epoch():
+    """Plain batches of the examples given, alone in the upper row."""
+    cases, found = [(seed, epoch) for seed in (0, 1) for epoch in (0, 1)], []
+    for case in cases:
+        batches = sftmix.ntp_batches(np.arange(100, 124), 8, *case)
+        assert [batch.shape for batch in batches] == [(2, 8)] * 3
+        upper, lower = np.concatenate(batches, 1)
+        assert sorted(upper) == list(range(100, 124))
+        assert set(lower) == {-1}
+        found.append(str(upper))
+    assert len(set(found)) == 4
+
+
 # ------------------------------------------------------------------------ which rows
 
 SELECT = ["--mu", "0", "--epochs", "1", "--batch_size", "32"]
