@@ -42,6 +42,7 @@ TESTS = {
         "tests/test_sftmix.py",
         "tests/test_final.py",
     ],
+    "models.py": ["tests/test_final.py", "tests/test_common.py", "tests/test_flags_shared.py"],
     "data.py": ["tests/test_reading.py", "tests/test_data.py", "tests/test_common.py"],
 }
 # file -> [(piece of a line, what stands there instead)]
@@ -757,6 +758,29 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ('"index": index[id(rows[i])], "row"', '"index": i, "row"'),
         ("{example.row for example in side.responses}", "set(range(len(rows)))"),
     ],
+    "models.py": [
+        (
+            "storage = torch.bfloat16 if frozen_bf16 else torch.float32",
+            'storage = torch.bfloat16 if args.dtype == "bf16" else torch.float32',
+        ),
+        ("args.lora_alpha or 2 * args.lora_rank", "args.lora_alpha or args.lora_rank"),
+        ("lora_dropout=args.lora_dropout", "lora_dropout=0.0"),
+        ('"target_modules": "all-linear"', '"target_modules": ["q_proj", "v_proj"]'),
+        ("refuse_tensors(name, model, info)\n", "pass\n"),
+        ('info["unexpected_keys"] - buffers', "set()"),
+        ("config.dtype or config.get_text_config().dtype or torch.float32", "torch.float32"),
+        ("drop_extra_tokens(tokenizer)\n", "pass\n"),
+        ("model.hf_quantizer.remove_quantization_config(model)", "pass"),
+        (
+            ".from_pretrained(model, name).merge_and_unload()",
+            ".from_pretrained(model, name).unload()",
+        ),
+        ("model.requires_grad_(True)", "pass"),
+        ('filterwarnings("error", "Found', 'filterwarnings("ignore", "Found'),
+        ("return os.path.abspath(name) if", "return name if"),
+        ('return base, json.loads(about.read_text(encoding="utf-8"))["seed"]', "return base, 0"),
+        ("model.generation_config = GenerationConfig", "GenerationConfig"),
+    ],
     "common.py": [
         ("slope = 1 - logits**2", "slope = 1 - logits"),
         (
@@ -786,10 +810,6 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "nll[rows] = cross_entropy_(logits, targets[: len(rows)], head)",
         ),
         ('enabled=dtype == "bf16"', "enabled=False"),
-        (
-            "storage = torch.bfloat16 if frozen_bf16 else torch.float32",
-            'storage = torch.bfloat16 if args.dtype == "bf16" else torch.float32',
-        ),
         ("ids.shape[1] + example.start - 1", "ids.shape[1] + example.start"),
         (
             "np.concatenate([example.ids[example.start :] for",
@@ -867,25 +887,8 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "return range(count, steps, count) if count else range(0)",
             "return range(1, steps, count) if count else range(0)",
         ),
-        ("args.lora_alpha or 2 * args.lora_rank", "args.lora_alpha or args.lora_rank"),
-        ("lora_dropout=args.lora_dropout", "lora_dropout=0.0"),
-        ('"target_modules": "all-linear"', '"target_modules": ["q_proj", "v_proj"]'),
-        ("refuse_tensors(name, model, info)\n", "pass\n"),
-        ('info["unexpected_keys"] - buffers', "set()"),
-        ("config.dtype or config.get_text_config().dtype or torch.float32", "torch.float32"),
-        ("drop_extra_tokens(tokenizer)\n", "pass\n"),
-        ("model.hf_quantizer.remove_quantization_config(model)", "pass"),
-        (
-            ".from_pretrained(model, name).merge_and_unload()",
-            ".from_pretrained(model, name).unload()",
-        ),
-        ("model.requires_grad_(True)", "pass"),
-        ('filterwarnings("error", "Found', 'filterwarnings("ignore", "Found'),
-        ("return os.path.abspath(name) if", "return name if"),
-        ('return base, json.loads(about.read_text(encoding="utf-8"))["seed"]', "return base, 0"),
         ("cast(trainable(model) if dtype else (), dtype)", "pass"),
         ("] = ends if len(ends) > 1 else ends[0]", "] = ends[-1]"),
-        ("model.generation_config = GenerationConfig", "GenerationConfig"),
         (
             "        result = measure(model)\n    for",
             "        result = trained or measure(model)\n    for",

@@ -33,6 +33,7 @@ from conftest import (
 import common
 import data
 import dynamix_sft
+import models
 import sftmix
 from data import Row, UserError
 
@@ -58,7 +59,7 @@ def test_unknown_head_is_an_error(monkeypatch):
         return common.Head(model.get_output_embeddings().weight)
 
     model = random_model("gemma2")
-    monkeypatch.setattr(common, "output_head", head_without_cap)
+    monkeypatch.setattr(models, "output_head", head_without_cap)
     with pytest.raises(UserError, match="head is not supported"):
         common.check_head(model)
 
@@ -92,13 +93,13 @@ def test_response_loss_equals_torch(monkeypatch, dtype, scale, softcap, bias):
 
 def test_no_gradient_work_under_no_grad(monkeypatch):
     calls = []
-    product = common._product
+    product = common.wide_product
 
     def counted(a, b):
         calls.append(1)
         return product(a, b)
 
-    monkeypatch.setattr(common, "_product", counted)
+    monkeypatch.setattr(common, "wide_product", counted)
     hidden = torch.randn(4, 3, requires_grad=True)
     weight = torch.randn(5, 3, requires_grad=True)
     targets = torch.zeros(4, dtype=torch.long)

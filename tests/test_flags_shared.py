@@ -557,7 +557,7 @@ def test_cross_entropy_of_bf16_states_row_by_row(bias, scale, softcap, soft):
     probs = torch.cat([lam, 1 - lam], 1) if soft else torch.tensor([[1.0, 0.0]]).expand(40, 2)
     head = common.Head(weight, added, scale, softcap)
 
-    logits = common._product(hidden, weight)
+    logits = common.wide_product(hidden, weight)
     raw = (logits if added is None else logits + added).double().requires_grad_()
     exact = scale * raw
     exact = softcap * torch.tanh(exact / softcap) if softcap else exact

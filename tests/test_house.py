@@ -8,7 +8,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(ROOT.glob("*.py"))
 OTHERS = sorted([*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
-FLOORS = ["data", "common", "plots", "baselines", "sftmix", "dynamix_sft", "dynamics", "eval"]
+FLOORS = [
+    "data",
+    "models",
+    "common",
+    "plots",
+    "baselines",
+    "sftmix",
+    "dynamix_sft",
+    "dynamics",
+    "eval",
+]
 LONGEST_FUNCTION, MOST_PARAMETERS, LONGEST_CLOSURE = 60, 6, 4
 # The loops, and functions that do nothing but declare flags.
 MAY_BE_LONG = {"train", "add_shared_flags", "parse_args"}
