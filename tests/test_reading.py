@@ -118,7 +118,10 @@ def answers(texts=ODD):
     return [{"question": f"q{i}", "answer": text} for i, text in enumerate(texts)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz", "csv.gz"])
+KINDS = ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz", "csv.gz", "jsonl.zst"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_string_arrives_character_by_character(kind, tmp_path):
     path, records = tmp_path / f"x.{kind}", answers()
     text = "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
@@ -137,8 +140,10 @@ def test_every_string_arrives_character_by_character(kind, tmp_path):
         with pyarrow.ipc.new_file(str(path), table.schema) as writer:
             writer.write_table(table)
     else:
-        raw = text.encode()
-        path.write_bytes(gzip.compress(raw) if kind.endswith(".gz") else raw)
+        raw = gzip.compress(text.encode()) if kind.endswith(".gz") else text.encode()
+        packed = "zstd" if kind.endswith(".zst") else None
+        with pyarrow.output_stream(str(path), compression=packed) as stream:
+            stream.write(raw)
     dataset = load(path)
     assert dataset.label == "x"
     assert [row.response for row in dataset.rows] == [text for text in ODD if text.strip()]
