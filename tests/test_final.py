@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -116,6 +117,10 @@ def test_final_gives_the_runs_numbers(template, script, flags, tmp_path, model_f
         "mine.jinja": "([user]u",
     }
     assert asked.startswith(begins[template])
+    if flags:  # as PEFT has it, not merged
+        merged, ids = common.load_model(str(run / "final"), CPU)[0], torch.arange(40)[None]
+        lora = peft.AutoPeftModelForCausalLM.from_pretrained(run / "final", dtype=merged.dtype)
+        torch.testing.assert_close(merged(ids).logits, lora(ids).logits, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("flags", ["", "--lora_rank 4"])
