@@ -419,7 +419,22 @@ def test_tool_calls_are_rendered_and_supervised(form):
             data.encode(rows, tokenizer, 4096)
     no_tools = [data.replace(row, tools="") for row in rows]
     with pytest.raises(UserError, match="row 1: the chat template leaves out the call of get_wind"):
-        data.encode(no_tools, S, 4096)
+        data.encode(no_tools[:1], S, 4096)
+    with pytest.raises(UserError, match="row 1: the chat template leaves out the call of get_wind"):
+        data.encode(no_tools[1:], S, 4096)
+
+
+def test_calls_in_a_table(tmp_path):
+    """Arrow gives every call the arguments of all, null where it has none."""
+    records = []
+    for arguments in ({"a": 1}, {"b": "x"}):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        messages = [{"role": "user", "content": "u"}]
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        records.append({"messages": messages})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "x.parquet")
+    calls = [json.loads(row.keys)["tool_calls"][0] for row in load(tmp_path / "x.parquet").rows]
+    assert [call["function"]["arguments"] for call in calls] == [{"a": 1}, {"b": "x"}]
 
 
 def test_tool_columns():
@@ -485,6 +500,26 @@ def test_templates_that_cannot_be_used_are_refused_by_name():
             UserError, match=f"^--template chat: cannot be used: .*{why}.*--template alpaca"
         ):
             tokenizer_with(template)
+
+
+def test_which_token_ends_a_turn():
+    """The first added token after an answer (Phi-3 writes EOS behind it); the last of its kind,
+    where a template ends the reasoning by the same one."""
+    closing = NO_TOOL_TURN + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    row = Row((("user", "u"),), "a")
+    assert supervised([row], tokenizer_with(closing)) == ["a<|end|>"]
+    thinks = "{{ (m.reasoning_content + '<|end|>') if m.reasoning_content }}{{ m.content"
+    thinks = NO_TOOL_TURN.replace("'|>' + m.content", "'|>' }}" + thinks)
+    row = data.replace(row, keys='{"reasoning_content": "why"}')
+    assert supervised([row], tokenizer_with(thinks)) == ["why<|end|>a<|end|>"]
+
+
+def test_what_a_user_wrote_is_not_stripped():
+    """Only an answer's think block may go from the history."""
+    strips = tokenizer_with(CHATML.replace("m.content +", "m.content.split('</think>')[-1] +"))
+    shown([Row((("user", "u"), ("assistant", "<think>x</think>y"), ("user", "z")), "a")], strips)
+    with pytest.raises(UserError, match="leaves out the user turn's text"):
+        data.encode([Row((("user", "x</think>y"),), "a")], strips, 512)
 
 
 def test_template_from_a_file(tmp_path):
