@@ -161,6 +161,21 @@ def test_lambda_and_epsilon_are_those_of_the_equation(scale):
     assert (max(epsilons) > 0) == (scale > 1)
 
 
+def test_the_scale_of_the_targets_does_not_matter():
+    """Targets' slopes in any unit, and H against S: the same mixture."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        losses, slopes = rng.uniform(1, 3, 4), rng.normal(0, 0.01, (4, 3))
+        own, info = dynamics.solve_mixture(losses, slopes, losses, [0, 1], [2, 3], 50)
+        for scale in (1e-3, 1e3):
+            other = np.concatenate([slopes[:2] * scale, slopes[2:]])
+            found, more = dynamics.solve_mixture(losses, other, losses, [0, 1], [2, 3], 50)
+            assert found == pytest.approx(own, abs=1e-9)
+            assert more["feasible"] == info["feasible"]
+        found, _ = dynamics.solve_mixture(losses, 10 * slopes, losses, [0, 1], [2, 3], 5)
+        assert found == pytest.approx(own, abs=1e-9)
+
+
 @pytest.mark.parametrize("k", [0.125, 64.0])
 def test_units_do_not_matter(monkeypatch, k):
     """Losses, levels, slopes and the tolerance in other units, or slopes of k times the size for an
