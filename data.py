@@ -261,9 +261,9 @@ ROLES = {role: role for role in ("user", "assistant", "system", "tool")}
 ROLES |= {"human": "user", "prompter": "user", "developer": "system"}
 ROLES |= dict.fromkeys(("gpt", "bot", "model", "chatgpt", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("function", "observation", "function_response"), "tool")
-TEMPLATE_KEYS = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-TURN_KEYS = {"role", "from", "content", "value", "weight", "train", "function_call"}
-TURN_KEYS |= set(TEMPLATE_KEYS)
+TEXT_KEYS = ("name", "tool_call_id", "reasoning_content")  # of a turn, for the template
+TURN_KEYS = {"role", "from", "content", "value", "weight", "train", "tool_calls", "function_call"}
+TURN_KEYS |= set(TEXT_KEYS)
 
 
 @dataclass
@@ -389,7 +389,7 @@ def _message(turn: dict, record: Record) -> tuple[tuple, bool]:
     if role is None:
         raise ValueError(f"unknown role {given!r}; known are {', '.join(sorted(ROLES))}")
     content = _text(turn.get("content", turn.get("value")))
-    keys = {key: plain(turn[key]) for key in TEMPLATE_KEYS if turn.get(key)}
+    keys = {key: _text(turn[key]) for key in TEXT_KEYS if turn.get(key)}
     calls = _tool_calls(turn)
     if calls:
         keys["tool_calls"] = calls
@@ -976,6 +976,9 @@ def with_template(tokenizer, name: str, date: str | None = None):
     result = copy.copy(tokenizer)
     result.chat_template = CLOCK.sub(lambda found: repr(day.strftime(found[2])), text)
     where = f" of {tokenizer.name_or_path}" if name == "chat" and tokenizer.name_or_path else ""
+    if "strftime_now(" in result.chat_template:
+        problem = "its strftime_now has no plain text as format, so its date cannot be kept"
+        raise UserError(f"--template {name}{where}: cannot be used: {problem}")
     try:
         Template(result).ids([Row((("user", "One?"),), "Two.")])
     except UserError as error:
@@ -1135,10 +1138,11 @@ class Template:
         """The row with special tokens that its own text spells out replaced by <mark>i<mark>, so
         that those left in the rendering are the template's; and the mark, "" where there are
         none."""
-        text = json.dumps([row.messages, row.response, row.input, row.keys, row.tools])
+        parts = [part for _, *rest in row.messages for part in rest]
+        text = "\n".join([*parts, row.response, row.input, row.keys, row.tools])
         if not self.marker.search(text):
             return row, ""
-        mark = next(chr(code) for code in range(0xE000, 0xF900) if f"\\u{code:x}" not in text)
+        mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in text)
         names = list(self.special)
 
         def hide(text: str) -> str:
@@ -1195,7 +1199,7 @@ class Template:
             if joint[: len(prompt)] != prompt:
                 response = self._tokenize([text[1]])[0]
             result[i] = prompt, response
-        last = {*self.special.values(), self.end_token}
+        last = {*self.special.values(), self.end_token, eos}
         return [(p, r if r and r[-1] in last else [*r, eos]) for p, r in result]
 
 

@@ -471,6 +471,10 @@ def test_reasoning():
     assert supervised(rows, Q) == ["<think>\n7*9 = 63.\n</think>\n\n63<|im_end|>"]
     with pytest.raises(UserError, match="f, row 1: the chat template leaves out the reasoning"):
         data.encode(rows, S, 4096)
+    (row,) = rows_of({"messages": [*turns(("user", "7*9?")), answer | {"reasoning_content": 63}]})
+    assert json.loads(row.keys) == {"reasoning_content": "63"}
+    with pytest.raises(UserError, match="f, row 1: expected text, found dict"):
+        rows_of({"messages": [*turns(("user", "u")), answer | {"reasoning_content": {"a": 1}}]})
 
 
 def test_each_turn_trains_its_own_thoughts():
@@ -545,6 +549,9 @@ def test_the_date_of_a_template_is_fixed():
     assert shown([Row((("user", "u"),), "a")], fixed)[0][0].startswith("03 February 1987<|im")
     assert "strftime_now" not in fixed.chat_template
     assert tokenizer.chat_template == clock
+    tokenizer.chat_template = "{% set form = '%Y' %}{{ strftime_now(form) }}" + CHATML
+    with pytest.raises(UserError, match="--template chat: cannot be used: its strftime_now"):
+        data.with_template(tokenizer, "chat")
 
 
 @pytest.mark.parametrize("name", ["S", "Q", "P", "alpaca", "plain"])
@@ -592,6 +599,18 @@ def test_special_tokens_in_a_text_are_text(name):
         assert response[-1] == last
         assert not set(response[:-1]) & set(data.Template(tokenizer).special.values())
         assert tokenizer.decode(response[:-1]) == row.response
+
+
+def test_special_tokens_beyond_ascii():
+    """DeepSeek writes its markers with full-width bars; a row may spell them out too."""
+    tokenizer, mark = common.tiny_tokenizer(), "<｜end▁of▁turn｜>"
+    tokenizer.add_special_tokens({"additional_special_tokens": [mark]})
+    tokenizer.chat_template = NO_TOOL_TURN.replace("<|end|>", mark)
+    template = data.Template(data.with_template(tokenizer, "chat"))
+    ((prompt, response),) = template.ids([Row((("user", f"What is {mark}?"),), f"It is {mark}.")])
+    assert prompt.count(template.end_token) == response.count(template.end_token) == 1
+    assert tokenizer.decode(response) == f"It is {mark}.{mark}"
+    assert f"What is {mark}?{mark}" in tokenizer.decode(prompt)
 
 
 def test_white_space_that_a_token_swallows():
