@@ -521,7 +521,8 @@ def _choice_columns(record: Record) -> tuple | None:
         return take("question"), [take(name) for name in names], take("cop"), LETTERS
     for column in ("options", "choices"):  # MedQA, MMLU
         options = record.columns.get(column)
-        answer = next(filter(record.present, ("answer_idx", "answer")), None)
+        named = [name for name in ("answer_idx", "answer") if name in record.columns]
+        answer = next(filter(record.present, named), named[0] if named else None)  # null: refused
         if answer and options and isinstance(options, (list, tuple, dict)):
             take(column)
             names = LETTERS

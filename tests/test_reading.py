@@ -687,6 +687,7 @@ def test_ids_fingerprint_sees_ids_and_boundaries():
         (["5", "6"], "6", "6"),
         (["x", "y"], "1", "y"),  # CSV has no numbers
         (["a", "b"], "", None),
+        (["a", "b"], None, None),
         (["a", "b"], " ", None),
         (["a", "b"], "c", None),
         (["A", "b"], "a", "A"),  # the letter A, which is also that option
