@@ -42,6 +42,7 @@ TESTS = {
         "tests/test_sftmix.py",
         "tests/test_final.py",
     ],
+    "runs.py": ["tests/test_common.py", "tests/test_final.py", "tests/test_flags_shared.py"],
     "models.py": ["tests/test_final.py", "tests/test_common.py", "tests/test_flags_shared.py"],
     "data.py": ["tests/test_reading.py", "tests/test_data.py", "tests/test_common.py"],
 }
@@ -781,6 +782,11 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ('return base, json.loads(about.read_text(encoding="utf-8"))["seed"]', "return base, 0"),
         ("model.generation_config = GenerationConfig", "GenerationConfig"),
     ],
+    "runs.py": [
+        ("cast(trainable(model) if dtype else (), dtype)", "pass"),
+        ("] = ends if len(ends) > 1 else ends[0]", "] = ends[-1]"),
+        ('"track", "show_batch", "save_dtype"', '"track", "show_batch"'),
+    ],
     "common.py": [
         ("slope = 1 - logits**2", "slope = 1 - logits"),
         (
@@ -887,15 +893,12 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "return range(count, steps, count) if count else range(0)",
             "return range(1, steps, count) if count else range(0)",
         ),
-        ("cast(trainable(model) if dtype else (), dtype)", "pass"),
-        ("] = ends if len(ends) > 1 else ends[0]", "] = ends[-1]"),
         (
             "        result = measure(model)\n    for",
             "        result = trained or measure(model)\n    for",
         ),
         ("if not abs(moved) <= ROUNDING", "if abs(moved) > ROUNDING"),
         ("ROUNDING = 0.002", "ROUNDING = 0.0022"),
-        ('"track", "show_batch", "save_dtype"', '"track", "show_batch"'),
     ],
 }
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.machinery
 import json
 import math
+import os
 import sys
 from types import SimpleNamespace
 
@@ -338,7 +339,7 @@ def test_half_written_files_are_never_seen(tmp_path, monkeypatch):
 
     path = tmp_path / "x.json"
     common.write_text(path, "old")
-    monkeypatch.setattr(common.os, "replace", disk_full)
+    monkeypatch.setattr(os, "replace", disk_full)
     with pytest.raises(OSError):
         common.write_text(path, "new")
     assert path.read_text() == "old"

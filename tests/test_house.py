@@ -11,6 +11,7 @@ OTHERS = sorted([*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
 FLOORS = [
     "data",
     "models",
+    "runs",
     "common",
     "plots",
     "baselines",
