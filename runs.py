@@ -263,11 +263,12 @@ def parse_flags(parser: ArgumentParser, argv: list[str] | None, script: str) -> 
     found = vars(parser.parse_args(argv, nothing))
     args.given = {name: value for name, value in found.items() if value is not unnamed}
     if args.resume:
-        take_first_flags(args, script)
+        defaults = {name: parser.get_default(name) for name in vars(args)}
+        take_first_flags(args, script, defaults)
     return args
 
 
-def take_first_flags(args: Namespace, script: str) -> None:
+def take_first_flags(args: Namespace, script: str, defaults: dict) -> None:
     """Fill in what config.json of --resume's folder says. A run that has trained nothing yet is
     started anew: there the named flags win."""
     folder = args.output_dir if args.resume is True else args.resume
@@ -288,7 +289,7 @@ def take_first_flags(args: Namespace, script: str) -> None:
     free, anew = free_flags(script), not has_trained(Path(folder))
     for name, value in args.given.items():
         now = json.loads(json.dumps(value))
-        agrees = now in (first.get(name), named.get(name, first.get(name)))
+        agrees = now in (first.get(name), named.get(name, defaults[name]))
         if not (agrees or anew or name in free):
             change = f"--{name} was {first.get(name)!r} and is now {now!r}"
             raise UserError(f"--resume: {change}; give the flags of the first start, or none")

@@ -494,17 +494,14 @@ def split(source: list[str], perplexity: np.ndarray | None, args: Namespace) -> 
 
 
 def check_halves(rows: list[int], source: list[str], args: Namespace) -> None:
-    """Raise UserError, before any training, where step 2 would leave nothing to mix or to train on.
+    """Raise UserError, before any training, where step 2 would find nothing to split.
     rows: the examples that have a confidence, or will have one."""
     if not rows:
         raise UserError("no example has a confidence")
     if is_baseline(args):
         return
     halves = split([source[i] for i in rows], np.zeros((1, len(rows))), args)
-    needed = [getattr(halves, args.ntp_on, halves.confident)]
-    if args.mu:
-        needed = [halves.confident, halves.unconfident]
-    if not all(map(len, needed)):
+    if not min(len(halves.confident), len(halves.unconfident)):
         problem = f"are too few for --split {args.split} by {args.partition}"
         raise UserError(f"--data: {len(rows)} examples {problem}; give more rows")
 
