@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import data
 import models
+import ranks
 import runs
 from data import Dataset, Example, UserError, data_rng
 from models import (
@@ -42,6 +43,7 @@ from models import (
     output_head,
     pick_device,
     pick_dtype,
+    place,
     trainable,
     wide_product,
 )
@@ -234,7 +236,8 @@ def encode_eval(datasets: list[Dataset], tokenizer, args: Namespace) -> dict[str
 
 def batch_arithmetic(args: Namespace) -> str:
     micro = min(args.micro_batch_size, args.batch_size)
-    parts = f"micro-batch {micro} x accumulation {math.ceil(args.batch_size / micro)} x 1 rank"
+    times = math.ceil(args.batch_size / (micro * ranks.world()))
+    parts = f"micro-batch {micro} x accumulation {times} x {ranks.world()} rank"
     return f"{parts} = {args.batch_size} examples a step"
 
 
@@ -314,11 +317,14 @@ class MixtureSampler:
 
 
 def micro_batches(items: Sequence, lengths: Sequence[int], micro_batch_size: int) -> list[list]:
-    """Split a batch into micro-batches of similar length. items, lengths: equally long."""
+    """Split a batch into micro-batches of similar length, this rank's part of each. All ranks get
+    equally many, some perhaps empty, since a sharded model needs every rank in every pass. items,
+    lengths: equally long, of the whole batch."""
     # longest first: memory peaks at once
     order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
-    chosen, starts = [items[i] for i in order], range(0, len(order), micro_batch_size)
-    return [chosen[at : at + micro_batch_size] for at in starts]
+    chosen, size = [items[i] for i in order], micro_batch_size * ranks.world()
+    groups = [chosen[at : at + size] for at in range(0, len(order), size)]
+    return [group[ranks.rank() :: ranks.world()] for group in groups]
 
 
 # An example shorter than this share of the longest in its slice begins a new slice. More slices
@@ -329,7 +335,10 @@ SLICE_RATIO = 0.8
 def length_slices(lengths: Sequence[int]) -> list[list[int]]:
     """Cut the examples of a micro-batch into slices of similar length, longest first -> lists of
     indices. Each slice is padded to its own longest and has a forward pass of its own: padding is
-    saved and the loss, which gets all of them, is the same."""
+    saved and the loss, which gets all of them, is the same. Under torchrun it is one slice, since
+    all ranks make the same passes."""
+    if ranks.active():
+        return [sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))]
     slices = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if not slices or lengths[i] < SLICE_RATIO * lengths[slices[-1][0]]:
@@ -351,8 +360,12 @@ class Batch:
 def collate(examples: Sequence[Example | None], device: torch.device) -> Batch:
     """Pad examples on the right, slice by slice (length_slices). Supervision goes by position,
     never by token id, so padding with any id is harmless. None, a missing partner in a batch of
-    pairs, has length 0 and no line."""
+    pairs, has length 0 and no line. Without examples it is one token that supervises nothing."""
     present = [example for example in examples if example is not None]
+    if not present:
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
+        return Batch([ids], nothing, nothing, torch.zeros(len(examples), dtype=torch.int64))
     slices, positions, at = [], [None] * len(present), 0
     for part in length_slices([len(example.ids) for example in present]):
         ids = np.zeros((len(part), len(present[part[0]].ids)), dtype=np.int64)
@@ -515,6 +528,7 @@ def evaluation_mode(model) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+        ranks.reshard(causal_lm(model))
 
 
 def score(
@@ -541,7 +555,10 @@ def score(
             if last is not None:
                 last[group] = states[batch.response_lengths.cumsum(0) - 1].float().cpu().numpy()
             bar.update(len(group))
-    return nll, tokens, correct
+    if last is not None:
+        last[:] = ranks.all_sum(last)
+    # each example is scored on one rank, and 0 on the others
+    return ranks.all_sum(nll), ranks.all_sum(tokens), ranks.all_sum(correct)
 
 
 def evaluate(model, eval_sets: dict, batch_size: int, dtype: str, progress: bool = True) -> dict:
@@ -593,7 +610,7 @@ def make_optimizer(model, args: Namespace) -> torch.optim.AdamW:
 
 def backward(model, examples: Sequence[Example], args: Namespace) -> np.ndarray:
     """Add the gradient of a batch's loss, the mean over all its response tokens: summed over
-    micro-batches, divided once by the tokens of the whole batch.
+    micro-batches and ranks, divided once by the tokens of the whole batch.
 
     -> mean loss of each example (B,) float64, as the model has it in the mode it is in."""
     lengths = [len(example.ids) for example in examples]
@@ -608,7 +625,7 @@ def backward(model, examples: Sequence[Example], args: Namespace) -> np.ndarray:
         rows.append(nll)
     by_example = torch.cat(rows).double().cpu().split(tokens[order].tolist())
     losses[order] = [nll.mean().item() for nll in by_example]
-    return losses
+    return ranks.all_sum(losses)
 
 
 def learning_rate(step: int, total: int, args: Namespace) -> float:
@@ -682,11 +699,11 @@ def save_final(model, tokenizer, measure: Callable, step: int, run: Run, part: s
         trained = measure(model) if rounded else {}
     run.save_model(model, tokenizer, dtype=dtype)
     with run.timer(part):
-        if model is causal_lm(model):
-            cast(trainable(model), torch.float32)
-        else:
+        if model is not causal_lm(model):
             model.to("cpu")  # room for the other
-            model, _ = load_model(str(run.folder / "final"), pick_device())
+            model = place(load_model(str(run.folder / "final"), torch.device("cpu"))[0])
+        elif not ranks.active():
+            cast(trainable(model), torch.float32)
         result = measure(model)
     for label, row in trained.items():
         moved = result[label]["nll"] - row["nll"]
@@ -726,7 +743,7 @@ class Snapshot:
         self.device = self.parameters[0].device
         if self.device.type == "cuda":
             # weights and Adam's two moments
-            needed = sum(3 * p.numel() * p.element_size() for p in self.parameters)
+            needed = sum(3 * ranks.local(p).numel() * p.element_size() for p in self.parameters)
             if needed > torch.cuda.mem_get_info()[0] / 2:
                 self.device = torch.device("cpu")
         self.weights = [self._copy(p.detach()) for p in self.parameters]

@@ -40,6 +40,7 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import ranks
 from data import Example, UserError, data_rng
 
 
@@ -460,7 +461,8 @@ def flat_gradient(model, batch: list[Example], args: Namespace) -> torch.Tensor:
     common.backward(model, batch, args)
     parts = []
     for p in common.trainable(model):
-        parts.append((torch.zeros_like(p) if p.grad is None else p.grad).flatten())
+        gradient = torch.zeros_like(p) if p.grad is None else p.grad
+        parts.append(ranks.local(gradient).flatten())
     model.zero_grad(set_to_none=True)
     return torch.cat(parts)
 
@@ -478,7 +480,8 @@ def align(model, problem: Problem, interval: Interval, args, run) -> np.ndarray:
             batch = sum(probe_batches(examples, *options), [])
             other.append(flat_gradient(model, batch, args))
         model.train()
-        return gradient_slopes(own, other, float(np.mean(rates)))
+        # every rank has its part of the gradients, and so of the products
+        return ranks.all_sum(gradient_slopes(own, other, float(np.mean(rates))))
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -493,7 +496,7 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + ranks.rank())  # of dropout
     eval_at = {*updates, steps, *common.every(args.eval_every, steps)}
     counts = {"steps": 0, "examples": 0, "tokens": 0}
     window = deque(maxlen=args.log_every)  # of each step: sum of the loss, tokens
@@ -621,10 +624,15 @@ def load_best(model, folder: Path) -> None:
     if hasattr(model, "peft_config"):
         import peft
 
-        weights = peft.load_peft_weights(folder, device="cpu")
-        peft.set_peft_model_state_dict(model, weights)
+        saved = peft.load_peft_weights(folder, device="cpu")
+        names = common.trainable_state(model)
+        own = {name: saved[name.replace(".default.", ".")] for name in names}
+        common.load_trainable_state(model, own)
+        return
+    saved, _ = common.load_model(str(folder), torch.device("cpu"))
+    if ranks.active():
+        ranks.fill(model, saved.state_dict())
     else:
-        saved, _ = common.load_model(str(folder), torch.device("cpu"))
         common.load_trainable_state(model, common.trainable_state(saved))
 
 
@@ -952,8 +960,9 @@ def main(argv=None):
         load_best(model, run.folder / "best")
     measure = partial(report_test, domains=problem.domains, args=args)
     after = common.save_final(model, tokenizer, measure, counts["steps"], run, "test")
-    with run.timer("figures"):
-        plots.draw(run.folder)
+    if ranks.rank() == 0:
+        with run.timer("figures"):
+            plots.draw(run.folder)
     cost = run.cost("probe", "eval")
     report = final_report(problem.domains, problem.test, after, rules, best)
     common.print_evaluation(after)

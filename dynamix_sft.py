@@ -32,6 +32,7 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import ranks
 from data import Example, UserError, data_rng
 
 EPSILON = 1e-6  # ε of the reward; the paper gives no value. fp32 losses below it are rounding
@@ -132,7 +133,7 @@ def look(model, examples: list[Example], args: Namespace) -> np.ndarray:
             entropy = response_entropy(*common.response_states(model, batch, "fp32")).double().cpu()
             by_example = entropy.split(batch.response_lengths.tolist())
             result[part] = [entropy.mean().item() for entropy in by_example]
-    return result
+    return ranks.all_sum(result)
 
 
 def reward_batches(size: int, count: int, fresh: bool, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -169,8 +170,10 @@ def first_order_reward(gradients, updates, loss: float, eps: float) -> float:
     if not math.isfinite(loss):
         raise ValueError(f"the loss is {loss}")
     pairs = zip(gradients, updates, strict=True)
-    products = [(gradient * update).sum(dtype=torch.float64) for gradient, update in pairs]
-    return -torch.stack(products).sum().item() / (loss + eps)
+    products = []
+    for gradient, update in pairs:
+        products.append((ranks.local(gradient) * ranks.local(update)).sum(dtype=torch.float64))
+    return -ranks.all_sum(torch.stack(products).sum()).item() / (loss + eps)
 
 
 @torch.no_grad()
@@ -247,7 +250,7 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
     steps, steps_per_epoch = plan["steps"], plan["steps_per_epoch"]
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + ranks.rank())  # of dropout
     labels, pool = list(arms), [example for arm in arms.values() for example in arm]
     sizes = np.array([*map(len, arms.values())])
     proportions, uniform = sizes / sizes.sum(), np.full(len(arms), 1 / len(arms))
@@ -435,8 +438,9 @@ def main(argv=None):
     print_mixture(rows)
     cost = run.cost("reward")
     print(f"cost  {cost['total']:.3f}x static sampling: training 1 + rewards {cost['reward']:.3f}")
-    with run.timer("figures"):
-        plots.draw(run.folder)
+    if ranks.rank() == 0:
+        with run.timer("figures"):
+            plots.draw(run.folder)
     run.finish({**counts, "eval": result, "mixture": rows, "cost": cost})
 
 

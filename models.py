@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ranks
 from data import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -220,9 +221,11 @@ def load_merged(name: str, adapter: Path):
 
 def load_weights(name: str, seed: int, storage: torch.dtype):
     """-> the model `name`, weights stored as `storage`; model.base_dtype is the dtype that its base
-    is published in. Raises UserError."""
+    is published in. Under torchrun only rank 0 reads weights: see empty_model. Raises UserError."""
     from transformers.utils.peft_utils import find_adapter_config_file
 
+    if ranks.rank():
+        return empty_model(name, storage)
     adapter = None
     if name == "tiny":
         model = tiny_model(seed)
@@ -235,6 +238,26 @@ def load_weights(name: str, seed: int, storage: torch.dtype):
     elif name != "tiny":
         model = load_files(name, storage)
     model.name_or_path = lasting_name(name)  # what an adapter on it will say of its base
+    return model
+
+
+def empty_model(name: str, storage: torch.dtype):
+    """The model `name` with parameters that hold nothing, nor take memory until they are written:
+    ranks.shard fills them."""
+    import transformers
+
+    with torch.device("meta"):
+        if name == "tiny":
+            model = tiny_model()
+        else:
+            while (Path(name) / ADAPTER).exists():
+                name = find_base(Path(name) / ADAPTER)[0]
+            folder, options = find_model(name)
+            config = transformers.AutoConfig.from_pretrained(folder, **options)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=storage)
+    model.to_empty(device="cpu").tie_weights()
+    cast(model.parameters(), storage)
+    model.base_dtype = torch.float32
     return model
 
 
@@ -286,9 +309,17 @@ def load_trainable(name: str, args: Namespace, device: torch.device | None = Non
         model = add_adapter(model, args)
     if args.gradient_checkpointing:
         enable_checkpointing(model)
-    model = model.to(device or pick_device())
+    model = model.to(device) if device else place(model)
     check_head(model)
     return model, tokenizer
+
+
+def place(model):
+    """A model on the CPU -> on this process's device; under torchrun its part of it."""
+    if not ranks.active():
+        return model.to(pick_device())
+    ranks.shard(model, causal_lm(model), pick_device())
+    return model
 
 
 def add_adapter(model, args: Namespace):
@@ -374,6 +405,8 @@ def hidden_states(model, ids: Tensor) -> Tensor:
     """Last hidden state after the final norm, the input of the head. ids (B, T) right-padded ->
     (B, T, H). Causal attention never looks right, so padding there needs no attention mask."""
     lm = causal_lm(model)
+    if hasattr(lm, "sharded_backbone"):
+        return lm.sharded_backbone(ids)
     return getattr(lm, lm.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
 
 
@@ -381,12 +414,14 @@ def hidden_states(model, ids: Tensor) -> Tensor:
 def check_head(model) -> None:
     """Raise UserError unless our head gives the model's own logits: some architectures do more
     than Head knows of."""
-    lm, head, training = causal_lm(model), output_head(model), model.training
+    lm, training = causal_lm(model), model.training
     model.eval()
-    ids = torch.arange(8, device=model.device)[None] % head.weight.shape[0]
+    ids = torch.arange(8, device=model.device)[None] % output_head(model).weight.shape[0]
     own = lm(input_ids=ids, use_cache=False).logits.float()
-    ours = head.logits(hidden_states(model, ids)[0])
+    states = hidden_states(model, ids)[0]
+    ours = output_head(model).logits(states)  # fetched after the pass, which gathers it
     model.train(training)
+    ranks.reshard(lm)
     limit = 1e-3 if own.dtype == lm.dtype else 3e-2  # lm.dtype bf16: it rounds its own logits
     error = ((ours - own[0]).abs().max() / own.abs().max().clamp_min(1e-6)).item()
     if not error <= limit:

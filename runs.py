@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
+import ranks
 from data import UserError
 from models import cast, causal_lm, lasting_name, model_fingerprint, trainable
 
@@ -62,10 +63,10 @@ def _run_command(main: Callable, argv: list[str] | None = None):
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            problem = "several processes are not supported yet"
-            raise UserError(f"WORLD_SIZE: {problem}; start the script with plain python")
-        return main(argv)
+        ranks.join()
+        result = main(argv)
+        ranks.leave()
+        return result
     except UserError as error:
         _exit(2, f"error: {error}")
     except Stopped as stop:
@@ -84,6 +85,8 @@ def _run_command(main: Callable, argv: list[str] | None = None):
 
 
 def _exit(status: int, line: str):
+    if ranks.rank():
+        time.sleep(3)  # rank 0 says it for all, unless it is well
     for bar in list(tqdm._instances):
         bar.close()  # the line is the last one
     print(" ".join(line.split()), file=sys.stderr)
@@ -158,6 +161,8 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    if ranks.rank():
+        return  # rank 0 writes it
     with atomic(path) as stream:
         stream.write(text)
 
@@ -234,14 +239,54 @@ def trainable_state(model) -> dict[str, Tensor]:
 def load_trainable_state(model, state: dict[str, Tensor]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.copy_(state[name])
+            parameter.copy_(ranks.like(state[name], parameter))
+
+
+def optimised(optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def moments(optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state by the place of its parameter: "0", "1", ..."""
+    places = {str(i): optimizer.state.get(p) for i, p in enumerate(optimised(optimizer))}
+    return {place: dict(state) for place, state in places.items() if state}
+
+
+def load_moments(optimizer, saved: dict[str, dict[str, Tensor]]) -> None:
+    for i, parameter in enumerate(optimised(optimizer)):
+        for key, value in saved.get(str(i), {}).items():
+            value = ranks.like(value, parameter) if value.dim() else value
+            optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def restore(state: dict, model, optimizer) -> None:
-    """Model, optimizer and RNG as Run.save_checkpoint found them; state lets go of them."""
-    load_trainable_state(model, state.pop("model"))
-    optimizer.load_state_dict(state.pop("optimizer"))
-    set_rng_state(state["rng"])
+    """Model, optimizer and RNG as Run.save_checkpoint found them, on any number of ranks; state
+    lets go of them. The RNG, on which dropout depends, goes on where there are as many ranks."""
+    shards = state.pop("shards", None)
+    whole = {name: state.pop(name, None) for name in ("model", "optimizer")}
+    saved = load_shards(shards, model, optimizer) if shards else whole
+    load_trainable_state(model, saved["model"])
+    load_moments(optimizer, saved["optimizer"])
+    if "rng" in state:
+        set_rng_state(state["rng"])
+
+
+def load_shards(folder: str, model, optimizer) -> dict:
+    """Parameters and moments that torch.distributed.checkpoint wrote, each rank's own part, for as
+    many ranks as there are now."""
+    import torch.distributed.checkpoint as dcp
+
+    known = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    held = {"model": {}, "optimizer": {}}
+    for name, parameter in trainable_state(model).items():
+        held["model"][name] = torch.empty_like(parameter)
+    for i, parameter in enumerate(optimised(optimizer)):
+        if f"optimizer.{i}.step" in known:
+            parameter = parameter.detach()
+            pair = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            held["optimizer"][str(i)] = pair | {"step": torch.zeros(())}
+    dcp.load(held, checkpoint_id=folder, no_dist=not ranks.active())
+    return held
 
 
 # ---- Flags of a resumed run ----------------------------------------------------------------------
@@ -395,21 +440,62 @@ class Tracker:
         self.writer.close() if self.name == "tensorboard" else self.wandb.finish()
 
 
+@torch.no_grad()
+def rounded_state(model, dtype: torch.dtype | None) -> dict:
+    """Round the trained weights to dtype, in place -> what save_pretrained is given: the whole
+    state where the model is sharded, whose weights stay fp32 numbers."""
+    if not ranks.active():
+        cast(trainable(model) if dtype else (), dtype)
+        return {}
+    for parameter in trainable(model) if dtype else ():
+        parameter.copy_(parameter.to(dtype))
+    names, state = trainable_state(model), ranks.whole_state(model)
+    for name in names if dtype else ():
+        if name in state:
+            state[name] = state[name].to(dtype)
+    return {"state_dict": state}
+
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
-def write_checkpoint(folder: Path, state: dict) -> None:
-    """checkpoint/state.pt and its sha256, as `sha256sum -c` reads it. The previous checkpoint stays
-    until this one is whole."""
-    new = folder / "checkpoint.tmp"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    with open(new / "state.pt", "w+b") as stream:
+def write_checkpoint(folder: Path, state: dict, model, optimizer) -> None:
+    """checkpoint/: state.pt, under torchrun with parameters and moments apart in shards/ and every
+    rank's RNG, and SHA256SUMS as `sha256sum -c` reads it. The previous checkpoint stays until this
+    one is whole."""
+    new, rank = folder / "checkpoint.tmp", ranks.rank()
+    if rank == 0:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+    parts = {"model": trainable_state(model), "optimizer": moments(optimizer)}
+    ranks.barrier()
+    if ranks.active():
+        import torch.distributed.checkpoint as dcp
+
+        dcp.save(parts, checkpoint_id=new / "shards")
+        save_tensors(new / f"rng-{rank}.pt", rng_state())
+    else:
+        state = state | parts | {"rng": rng_state()}
+    if rank == 0:
+        save_tensors(new / "state.pt", state | {"world": ranks.world()})
+    own = [*new.glob(f"shards/__{rank}_*"), *new.glob(f"rng-{rank}.pt")]
+    own += [*new.glob("state.pt"), *new.glob("shards/.metadata")] if rank == 0 else []
+    lines = [f"{sha256(file)}  {file.relative_to(new)}\n" for file in own]
+    lines = ranks.gather(lines)
+    if rank == 0:
+        write_text(new / "SHA256SUMS", "".join(lines))
+        replace_folder(new, folder / "checkpoint")
+    ranks.barrier()
+
+
+def save_tensors(path: Path, state: dict) -> None:
+    with open(path, "wb") as stream:
         torch.save(state, stream)
         stream.flush()
         os.fsync(stream.fileno())
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    write_text(new / "state.pt.sha256", f"{digest}  state.pt\n")
-    replace_folder(new, folder / "checkpoint")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_checkpoint(folder: Path) -> dict | None:
@@ -419,17 +505,31 @@ def read_checkpoint(folder: Path) -> dict | None:
     place = next((place for place in places if place.exists()), None)
     if place is None:
         return None
-    try:
-        with open(place / "state.pt", "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        expected = (place / "state.pt.sha256").read_text(encoding="utf-8").split()[0]
-        problem = "is not what was written (its sha256 differs)" if digest != expected else None
-    except (FileNotFoundError, ValueError, IndexError) as error:
-        problem = f"is incomplete ({error})"
-    if problem:
+    problems = ranks.gather(damaged_files(place))
+    if problems:
         advice = f"restore it, or remove {place} to start over with --resume"
-        raise UserError(f"{place / 'state.pt'}: {problem}; {advice}")
-    return torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+        raise UserError(f"{problems[0]}; {advice}")
+    state = torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    if (place / "shards").exists():
+        state["shards"] = str(place / "shards")
+    if ranks.active() and state["world"] == ranks.world():
+        state["rng"] = torch.load(place / f"rng-{ranks.rank()}.pt", weights_only=True)
+    return state
+
+
+def damaged_files(place: Path) -> list[str]:
+    """What is wrong with those files of a checkpoint that this rank looks at."""
+    try:
+        lines = (place / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        listed = [line.split(maxsplit=1) for line in lines]
+        if "state.pt" not in [name for _, name in listed]:
+            raise ValueError("no state.pt")
+        for digest, name in listed[ranks.rank() :: ranks.world()]:
+            if sha256(place / name) != digest:
+                return [f"{place / name}: is not what was written (its sha256 differs)"]
+    except (FileNotFoundError, ValueError) as error:
+        return [f"{place}: is incomplete ({error})"]
+    return []
 
 
 def read_metrics(path: Path, size: int) -> list[dict]:
@@ -464,20 +564,22 @@ class Run:
     found, or None. finished: there is nothing left to do. time: seconds by part."""
 
     def __init__(self, script: str, args: Namespace):
-        self.script, self.args, self.folder = script, args, self._folder(script, args)
+        self.script, self.args = script, args
+        self.folder = ranks.first_rank(self._folder, script, args)
         args.output_dir = str(self.folder)
         self.state, self.time, self._kept = None, {}, []
         self._before, self._started = 0.0, time.perf_counter()
         if args.track:
             import_tracker(args.track)
-        self._first = read_config(self.folder)
-        if self._first:
-            lock(self.folder)
-            self._resume()
-        self.finished = bool(self._first) and (self.folder / "summary.json").exists()
+        self._first, self.finished = ranks.first_rank(self._look)
         if self.finished:
-            self._clear()
             print(f"{self.folder} is finished: nothing to resume")
+        elif self._first:
+            self.state = read_checkpoint(self.folder)
+        if self.state:
+            size = self.state["metrics_offset"]
+            self._kept = read_metrics(self.folder / "metrics.jsonl", size)
+            self.time, self._before = self.state["time"], self.state["seconds"]
 
     @staticmethod
     def _folder(script: str, args: Namespace) -> Path:
@@ -497,45 +599,52 @@ class Run:
             raise UserError(f"--output_dir {folder}: {problem}; choose another folder")
         return folder
 
-    def _resume(self) -> None:
-        """Read the checkpoint, unless the run is finished or starts anew."""
-        if not has_trained(self.folder):
-            self._first = {}
-        elif not (self.folder / "summary.json").exists():
-            self.state = read_checkpoint(self.folder)
-        if self.state:
-            self._kept = read_metrics(self.folder / "metrics.jsonl", self.state["metrics_offset"])
-            self.time, self._before = self.state["time"], self.state["seconds"]
+    def _look(self) -> tuple[dict, bool]:
+        """-> config.json of a run that has trained, {} for one that starts (anew); whether it is
+        finished."""
+        config = read_config(self.folder)
+        if config:
+            lock(self.folder)
+        if not config or not has_trained(self.folder):
+            return {}, False
+        finished = (self.folder / "summary.json").exists()
+        if finished:
+            self._clear()
+        return config, finished
 
     def open(self, **config) -> None:
         """Start to write. config: what is known of data and model by now; a resumed run must find
         the same. Raises UserError."""
         args, folder = self.args, self.folder
         flags = {key: value for key, value in vars(args).items() if key not in ("resume", "given")}
-        config = {"script": self.script, "flags": flags, **config}
         names = (args.model, getattr(args, "ref_model", None))
         config["model_fingerprint"] = [model_fingerprint(name) for name in names if name]
-        if self._first:
-            self._check_same(config)
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock(folder)
-            self._folder(self.script, args)  # another process may have been here in the meantime
-            made = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
-            made |= {"given": getattr(args, "given", {}), "run_id": secrets.token_hex(4)}
-            self._first = config | made
-            write_json(folder / "config.json", self._first)
-        self.config = config
+        self.config = {"script": self.script, "flags": flags, **config}
+        self._first = ranks.first_rank(self._start)
         when_stopped(f"go on with --resume {folder}")
-        self._tracker = None
+        self._saved, self._tracker = time.monotonic(), None
+        if ranks.rank():
+            return
         if args.track:
             self._tracker = Tracker(args, folder, self._first.get("run_id"), self._kept)
         self._metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (open for the run)
         # lines after the checkpoint will be written again
         self._metrics.truncate(self.state["metrics_offset"] if self.state else 0)
-        self._saved = time.monotonic()
         resumed = "resumed" if self.state else "no checkpoint yet: from its start"
         print(f"run   {folder}" + (f" ({resumed})" if args.resume else ""))
+
+    def _start(self) -> dict:
+        """-> config.json, written where the run is new."""
+        if self._first:
+            self._check_same(self.config)
+            return self._first
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock(self.folder)
+        self._folder(self.script, self.args)  # another process may have been here in the meantime
+        made = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+        made |= {"given": getattr(self.args, "given", {}), "run_id": secrets.token_hex(4)}
+        write_json(self.folder / "config.json", self.config | made)
+        return self.config | made
 
     def _check_same(self, config: dict) -> None:
         """Raise UserError where the run in the folder was started otherwise."""
@@ -579,6 +688,8 @@ class Run:
 
     def log(self, step: int, values: dict, line: str = "") -> None:
         """One JSON line (with time/<part> in seconds so far), and one human line where given."""
+        if ranks.rank():
+            return
         record = {"step": step, **values}
         record |= {f"time/{name}": seconds for name, seconds in self.rounded_time().items()}
         self._metrics.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
@@ -596,24 +707,24 @@ class Run:
 
     def due(self, done: int, steps: int) -> bool:
         """Whether a checkpoint is written after step `done` of `steps`: by --save_every or
-        --save_minutes, not after the last; or because a signal asks the run to stop."""
-        if _stop.number:
-            return True
+        --save_minutes, not after the last; or because a signal asks the run to stop. All ranks
+        agree, though a signal or the clock reaches them at different steps."""
         late = time.monotonic() - self._saved >= 60 * (self.args.save_minutes or float("inf"))
+        found = ranks.all_max(np.array([_stop.number or 0, late]))
+        _stop.number = int(found[0]) or None
         often = self.args.save_every and done % self.args.save_every == 0
-        return done < steps and bool(late or often)
+        return bool(_stop.number) or (done < steps and bool(found[1] or often))
 
     def save_checkpoint(self, state: dict, model, optimizer) -> None:
         """Everything the loop needs to go on as if nothing had happened: its own state, and model,
         optimizer and RNG (see restore). Raises Stopped where a signal has asked for it."""
-        os.fsync(self._metrics.fileno())
         arrays = {k: torch.tensor(v) for k, v in state.items() if isinstance(v, np.ndarray)}
-        done = state["counts"]["steps"]
-        state = {**state, **arrays, "model": trainable_state(model)}
-        state |= {"optimizer": optimizer.state_dict()}
-        state |= {"rng": rng_state(), "metrics_offset": self._metrics.tell()}
+        state, done = {**state, **arrays}, state["counts"]["steps"]
+        if ranks.rank() == 0:
+            os.fsync(self._metrics.fileno())
+            state["metrics_offset"] = self._metrics.tell()
         state |= {"time": self.time, "seconds": self.seconds}
-        write_checkpoint(self.folder, state)
+        write_checkpoint(self.folder, state, model, optimizer)
         self._saved = time.monotonic()
         if _stop.number:
             raise Stopped(_stop.number, f"checkpoint of step {done} in {self.folder}")
@@ -627,11 +738,13 @@ class Run:
         """Model (or adapter) and tokenizer in Hugging Face format under <name>/, complete or not
         there at all. The trained weights are rounded to dtype, in place; None: kept as they are."""
         temporary, final = self.folder / f"{name}.tmp", self.folder / name
+        own = rounded_state(model, dtype)
+        if ranks.rank():
+            return ranks.barrier()
         shutil.rmtree(temporary, ignore_errors=True)
-        cast(trainable(model) if dtype else (), dtype)
-        lm, own = causal_lm(model), {}
+        lm = causal_lm(model)
         if model is not lm:  # else PEFT asks the hub for the base's vocabulary
-            own = {"save_embedding_layers": False}
+            own["save_embedding_layers"] = False
         lm.config.use_cache = True  # as it came: users generate with what we save
         model.save_pretrained(temporary, **own)
         lm.config.use_cache = False
@@ -645,9 +758,12 @@ class Run:
         about["template_date"] = self.args.template_date
         write_json(temporary / "cleansft.json", about | {"seed": self.args.seed})
         replace_folder(temporary, final)
+        ranks.barrier()
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: the sign that the run is complete."""
+        if ranks.rank():
+            return
         parts = self.rounded_time()
         counted = {"left_out": self.config.get("left_out", {})}
         summary = {**summary, **counted, "seconds": round(self.seconds, 3), "time": parts}

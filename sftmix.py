@@ -32,6 +32,7 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import ranks
 from data import Example, UserError, data_rng
 
 
@@ -169,7 +170,7 @@ def sftmix_loss(
         for at in range(0, len(pair), size // 2):
             part = slice(at, at + size // 2)  # the two rows of a pair stay in one block
             blocks.append((np.concatenate([confident[part], unconfident[part]]), lam[part]))
-    blocks += [(alone[at : at + size], None) for at in range(0, len(alone), size)]
+    blocks += [(alone[at : at + size], None) for at in range(0, max(1, len(alone)), size)]
     blocks = [(torch.from_numpy(rows).to(device), lam) for rows, lam in blocks]
     by_row = None
     if ntp_weight is not None:
@@ -245,7 +246,7 @@ def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict
     pool, steps = stage.examples, stage.steps
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + ranks.rank())  # of dropout
     lengths = np.array([len(example.ids) for example in pool] + [0])  # the last entry, [-1], is
     responses = np.array([example.response_length for example in pool] + [0])  # nobody's
     counts, perplexity = {"steps": 0, "examples": 0, "tokens": 0}, np.zeros((0, len(pool)))
@@ -286,7 +287,7 @@ def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict
                 (losses[0] / divisor).backward()
                 sums += torch.stack(losses).detach()
             grad_norm = common.optimizer_step(model, optimizer, rates[step], args.max_grad_norm)
-        window.append([*sums.tolist(), divisor, scored, positions])
+        window.append([*ranks.all_sum(sums).tolist(), divisor, scored, positions])
         done, counts["steps"] = step + 1, step + 1
         counts["examples"] += len(present)
         counts["tokens"] += tokens
@@ -368,7 +369,8 @@ def reference_perplexities(model, stage: Stage, rows: np.ndarray, source: list, 
     common.write_jsonl(run.folder / "confidence.jsonl", lines)
     with run.timer("figures"):
         write_embeddings(model, stage.examples, rows, conf, args, run)
-        plots.draw(run.folder)
+        if ranks.rank() == 0:
+            plots.draw(run.folder)
     everything = np.full((len(perplexity), len(source)), np.nan)
     everything[:, rows] = perplexity
     return everything
@@ -634,8 +636,9 @@ def main(argv=None):
     measure = common.evaluator(eval_sets, args)
     result = common.save_final(model, tokenizer, measure, counts["steps"], run)
     common.print_evaluation(result)
-    with run.timer("figures"):
-        plots.draw(run.folder)
+    if ranks.rank() == 0:
+        with run.timer("figures"):
+            plots.draw(run.folder)
     run.finish({**counts, "eval": result})
 
 

@@ -10,6 +10,7 @@ SOURCES = sorted(ROOT.glob("*.py"))
 OTHERS = sorted([*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py")])
 FLOORS = [
     "data",
+    "ranks",
     "models",
     "runs",
     "common",
