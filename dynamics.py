@@ -701,7 +701,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--updates", default="light", metavar="none|light|dense|STEP,STEP,...",
         help="when the mixture is updated: evenly, with geometrically growing intervals first, or "
              "at these steps; always at 0")
-    add("--probe_steps", type=common.positive_int, default=4, metavar="C",
+    add("--probe_steps", type=common.few, default=4, metavar="C",
         help="steps on each dataset alone that estimate its slopes (the paper's number is unknown)")
     add("--damping", type=common.fraction, default=0.0,
         help="share of the previous mixture, at first the uniform one, that an update keeps (not "

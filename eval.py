@@ -1112,7 +1112,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="TASK[=FILE[,SHOTSFILE]] with local rows; lm_eval/NAME if both have it; default none")
     add("--shots", type=common.non_negative_int, metavar="K",
         help="solved rows; default 3 (medical, SFTMix §4.2), 0 (bbq, truthfulqa), lm-eval's own")
-    add("--rounds", type=common.positive_int, metavar="N",
+    add("--rounds", type=common.few, metavar="N",
         help="rounds of shots, default 3 (SFTMix §4.2); of judging, default 5 (SFTMix §4.1)")
     add("--limit", type=common.positive_int, metavar="N",
         help="only the first N rows of every task and domain, for trying out; default all")
@@ -1133,7 +1133,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="per forward pass: changes memory and speed, not results; default %(default)s")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="bf16: autocast; auto (default): bf16 on a GPU that has it, else fp32")
-    add("--seed", type=common.non_negative_int, default=0,
+    add("--seed", type=common.any_seed, default=0,
         help="of #N, shots, option order and bootstrap; default %(default)s")
     add("--output_dir", metavar="DIR",
         help="default runs/eval-<time>; a folder of an earlier run is continued")
