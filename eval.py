@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,7 +231,7 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
     if isinstance(source, str):
         if source.split("/")[0] == "toy":
             raise UserError("toy holds no benchmark's rows; give it with --eval_data")
-        return list(data.read_source(source, None, split)[0])
+        return objects(data.read_source(source, None, split)[0])
     path = source.path
     if path.startswith("hf://"):
         import datasets
@@ -240,8 +241,15 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
         except Exception as error:  # network and hub raise many types
             message = f"cannot load {path} from the Hugging Face hub: {cause(error)}"
             raise UserError(message) from None
-        return [(path, *record) for record in data.read_file(local, path)]
-    return data.load_hub(source, None, split)
+        return objects([(path, *record) for record in data.read_file(local, path)])
+    return objects(data.load_hub(source, None, split))
+
+
+def objects(records: list[tuple]) -> list[tuple]:
+    """The records as they are. Raises UserError where one is not an object."""
+    for file, number, record in records:
+        data.check_object(record, f"{file}, row {number}")
+    return records
 
 
 def hold_out(items: list, count: int, rng: np.random.Generator) -> tuple[list, list]:
@@ -785,13 +793,21 @@ def read_chat_question(file: str, number: int, record: dict) -> dict:
     """A row of FastChat's question.jsonl (question_id, category, turns, reference), of its copy on
     the hub (prompt_id, prompt) or of alpaca_eval (instruction, dataset) -> the keys below."""
     turns = record.get("turns") or record.get("prompt") or record.get("instruction")
-    turns = [turns] if isinstance(turns, str) else list(turns or [])
-    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    turns = [turns] if isinstance(turns, str) else turns
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(isinstance(turn, str) and turn.strip() for turn in turns)
+    ):
         expected = f"turns (a list of texts) or instruction, found keys {sorted(record)}"
         raise UserError(f"{file}, row {number}: no question; expected {expected}")
-    question = {"question_id": record.get("question_id", record.get("prompt_id", number))}
-    question |= {"category": record.get("category") or "", "turns": turns}
-    question["reference"] = [str(answer) for answer in record.get("reference") or []]
+    name = record.get("question_id", record.get("prompt_id", number))
+    reference = record.get("reference") or []
+    if not isinstance(name, (int, str)) or not isinstance(reference, list):
+        expected = "question_id must be a number or a text, reference a list of texts"
+        raise UserError(f"{file}, row {number}: {expected}")
+    question = {"question_id": name, "category": record.get("category") or "", "turns": turns}
+    question["reference"] = [str(answer) for answer in reference]
     return question | {"dataset": record.get("dataset") or Path(file).stem}
 
 
@@ -1112,7 +1128,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="TASK[=FILE[,SHOTSFILE]] with local rows; lm_eval/NAME if both have it; default none")
     add("--shots", type=common.non_negative_int, metavar="K",
         help="solved rows; default 3 (medical, SFTMix §4.2), 0 (bbq, truthfulqa), lm-eval's own")
-    add("--rounds", type=common.positive_int, metavar="N",
+    add("--rounds", type=common.few, metavar="N",
         help="rounds of shots, default 3 (SFTMix §4.2); of judging, default 5 (SFTMix §4.1)")
     add("--limit", type=common.positive_int, metavar="N",
         help="only the first N rows of every task and domain, for trying out; default all")
@@ -1133,7 +1149,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="per forward pass: changes memory and speed, not results; default %(default)s")
     add("--dtype", choices=["auto", "fp32", "bf16"], default="auto",
         help="bf16: autocast; auto (default): bf16 on a GPU that has it, else fp32")
-    add("--seed", type=common.non_negative_int, default=0,
+    add("--seed", type=common.any_seed, default=0,
         help="of #N, shots, option order and bootstrap; default %(default)s")
     add("--output_dir", metavar="DIR",
         help="default runs/eval-<time>; a folder of an earlier run is continued")
@@ -1155,7 +1171,10 @@ def prepare(args: Namespace) -> list[Task]:
     for text in args.tasks:
         for part in DYNAMIXSFT if text == "dynamixsft" else [text]:
             name, _, source = part.partition("=")
-            tasks.append(kinds.get(name, prepare_lm_eval)(name, source, args))
+            try:
+                tasks.append(kinds.get(name, prepare_lm_eval)(name, source, args))
+            except RecursionError:
+                raise UserError(f"{name}: {source}: a row is nested too deeply") from None
     names = [safe_name(task.name).lower() for task in tasks]
     for task, name in zip(tasks, names):
         if names.count(name) > 1:
@@ -1210,11 +1229,16 @@ def main(argv: list[str] | None = None) -> None:
         common.find_model(name)
     tasks = prepare(args)
     models = [Model(*both, args, device) for both in zip(names, unique_names(names))]
+    new = not folder.exists()
     open_folder(folder, models, tasks)
     results, by_row = {}, {}
     try:
         for model in models:
             results[model.name], by_row[model.name] = evaluate_model(model, tasks, args)
+    except UserError:
+        if new and not any(folder.glob("*/*")):
+            shutil.rmtree(folder)  # nothing was done in it
+        raise
     except KeyboardInterrupt:
         go_on = f"the same command with --output_dir {folder} goes on from here"
         print(f"\ninterrupted: {go_on}", file=sys.stderr)

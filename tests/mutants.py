@@ -731,10 +731,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "value, relative = rules.get(domain.label, (0.02, True))",
         ),
         ('add("--updates", default="light"', 'add("--updates", default="none"'),
-        (
-            'type=common.positive_int, default=4, metavar="C"',
-            'type=common.positive_int, default=8, metavar="C"',
-        ),
+        ('type=common.few, default=4, metavar="C"', 'type=common.few, default=8, metavar="C"'),
         ('data_rng(seed, "probe", step, j)', 'data_rng(seed, "pass", j, step)'),
         (
             "first = sum(place[row.prompt] < cut for row in rows)",
