@@ -549,7 +549,7 @@ def summarise_choice(task: Task, rows: list[dict]) -> tuple[dict, dict]:
 # DynamixSFT's ten benchmarks, by their names in lm-eval 0.4.13; it has no PopQA (see POPQA)
 DYNAMIXSFT = ["mmlu", "lm_eval/truthfulqa_mc2", "popqa", "bbh", "drop", "humaneval"]
 DYNAMIXSFT += ["humaneval_plus", "gsm8k", "minerva_math", "ifeval"]
-RUNS_CODE = ("humaneval", "mbpp")  # prefixes; lm-eval itself refuses others without --allow_code
+RUNS_CODE = ("humaneval", "mbpp")  # prefixes of tasks whose code runs by CodeEval
 LOCAL = {  # tasks that take =FILE: shots of their definition, and the columns it reads
     "gsm8k": (5, {"question", "answer"}),
     "humaneval": (0, {"prompt", "test", "entry_point"}),
@@ -557,49 +557,149 @@ LOCAL = {  # tasks that take =FILE: shots of their definition, and the columns i
     "ifeval": (0, {"key", "prompt", "instruction_id_list", "kwargs"}),
     "popqa": (15, {"question", "obj", "possible_answers"}),
 }
-CODE_SECONDS, CODE_BYTES = 10, 4 * 2**30  # limits of one generated program
+CODE_SECONDS, CODE_BYTES = 10, 4 * 2**30  # limits of one generated program: time, memory
+CODE_PROCESSES, CODE_DISK = (
+    64,
+    16 * 2**20,
+)  # at once; bytes in its folder, the only one it can write
 LIMITED = """
 import os, resource, sys
-seconds, size, token = int(sys.argv[1]), int(sys.argv[2]), sys.stdin.read()
+os.write(1, b"+")
+os.chdir(os.environ["HOME"])
+seconds, size = map(int, sys.argv[1:])
 for name, most in ("CPU", seconds), ("AS", size), ("FSIZE", 2 ** 20), ("CORE", 0):
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-report, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-os.dup2(null, 1)
-os.dup2(null, 2)
-program = open("program.py", encoding="utf-8").read()
-exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-os.write(report, token.encode())
+def run(source):
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
+    return b""
+# the token gets no name: it stands in no module and in no variable of a frame
+os.write(os.dup(1), os.read(0, 32) + run(sys.stdin.buffer.read()))
 """
+# Arguments: folder, what Python needs, --, command. The new root lies over the folder. This shell
+# stays outside of it as process 1: when it ends, or unshare is killed, the kernel ends all others.
+NEW_ROOT = """
+set -e
+umask 022
+root=$1; shift
+mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$root"
+while [ "$1" != -- ]; do
+    mkdir -p "$root$1"
+    mount --rbind "$1" "$root$1"
+    mount -o remount,bind,ro,nosuid,nodev "$root$1"
+    shift
+done
+shift
+mkdir -p "$root/dev" "$root/etc" "$root$root"
+for file in /dev/null /dev/urandom /etc/ld.so.cache; do
+    : > "$root$file"
+    mount --bind "$file" "$root$file"
+done
+mount -t tmpfs -o size=SIZE,mode=777,nosuid,nodev tmpfs "$root$root"
+mount -o remount,bind,ro,nosuid,nodev "$root"
+chroot "$root" "$@" || exit 1
+""".replace("SIZE", str(CODE_DISK))
+APART = ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts"]
 
 
-def run_program(source: str, seconds: int = CODE_SECONDS, memory: int = CODE_BYTES) -> bool:
-    """Run generated Python in a process of its own: empty folder and environment, limits on time,
-    memory and file size, killed with its children. True only if it ran to its end (an early exit(0)
-    does not pass). No jail: it can read files and open connections, so use a container."""
-    token, pipe = os.urandom(16).hex().encode(), subprocess.PIPE
-    command = [sys.executable, "-I", "-c", LIMITED, str(seconds), str(memory)]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "program.py").write_text(source, encoding="utf-8", errors="replace")
-        own = {"cwd": folder, "env": {"HOME": folder}, "start_new_session": True}
-        streams = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, **own, **streams)
+def python_needs() -> list[str]:
+    """The folders without which this Python does not start."""
+    system = [path for path in ("/usr", "/lib", "/lib64", "/bin") if os.path.isdir(path)]
+    own = sorted({sys.prefix, sys.base_prefix})
+    return system + [path for path in own if not path.startswith("/usr")]
+
+
+def by_namespaces(folder: str, first: list[str], last: list[str]) -> list[str]:
+    """util-linux's tools around a command; first: more of unshare, last: more of setpriv."""
+    apart = [flag.replace("unshare-", "") for flag in [*APART, "--unshare-mount"]]
+    command = ["unshare", *first, *apart, "--fork", "--kill-child", "sh", "-c", NEW_ROOT, "sh"]
+    command += [folder, *python_needs(), "--", "setpriv", *last]
+    command += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+    return [*command, "prlimit", f"--nproc={CODE_PROCESSES}"]
+
+
+def by_root(folder: str) -> list[str]:
+    """Where root may make namespaces: the program is nobody, not root."""
+    return by_namespaces(folder, [], ["--reuid=65534", "--regid=65534", "--clear-groups"])
+
+
+def by_bubblewrap(folder: str) -> list[str]:
+    command = ["bwrap", *APART, "--cap-drop", "ALL", "--new-session", "--die-with-parent"]
+    for path in python_needs():
+        command += ["--ro-bind", path, path]
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
+    for path in ("/dev/null", "/dev/urandom"):
+        command += ["--dev-bind", path, path]
+    command += ["--size", str(CODE_DISK), "--tmpfs", folder, "--remount-ro", "/"]
+    return [*command, "prlimit", f"--nproc={CODE_PROCESSES}"]
+
+
+def by_user(folder: str) -> list[str]:
+    return by_namespaces(folder, ["--user", "--map-root-user"], [])
+
+
+def unsafe(folder: str) -> list[str]:
+    """--allow_code unsafe: limits on time, memory and file size, but no sandbox."""
+    return []
+
+
+@functools.cache
+def sandbox() -> Callable:
+    """The first sandbox that works on this machine: function(folder) -> what stands before a
+    command. Raises UserError."""
+    for box in (by_root, by_bubblewrap, by_user):
+        with contextlib.suppress(OSError, UserError):
+            if run_program("", box=box):
+                return box
+    needs = "needs bubblewrap (bwrap) or user namespaces (unshare), and neither works here"
+    raise UserError(f"--allow_code: {needs}; in a container of its own: --allow_code unsafe")
+
+
+def run_program(
+    source: str, seconds: int = CODE_SECONDS, memory: int = CODE_BYTES, box: Callable | None = None
+) -> bool:
+    """Run generated Python in a sandbox (box; None: sandbox()), in an empty folder and environment.
+    True only if it ran to its end (an early exit(0) does not pass): then it has sent a token, which
+    this process, out of its reach, compares. Raises UserError where the sandbox does not start."""
+    token = os.urandom(16).hex().encode()
+    reader, writer = os.pipe()  # read once, at the end: a flood fills the pipe and then waits
+    os.set_blocking(reader, False)
+    with tempfile.TemporaryDirectory() as folder, open(reader, "rb", 0) as report:
+        own = {"cwd": folder, "env": {"HOME": folder, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}}
+        streams = {"stdin": subprocess.PIPE, "stdout": writer, "stderr": subprocess.DEVNULL}
         try:
-            return process.communicate(token, timeout=seconds + 1)[0] == token
-        except subprocess.TimeoutExpired:
-            return False
+            command = [*(box or sandbox())(folder), sys.executable, "-I", "-c", LIMITED]
+            command += [str(seconds), str(memory)]
+            process = subprocess.Popen(command, start_new_session=True, **own, **streams)
         finally:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.close(writer)
+        try:
+            process.communicate(token + source.encode("utf-8", "replace"), timeout=seconds + 1)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate(timeout=1)  # a grandchild in its own session may hold the pipe
+            process.wait()
+        said = report.read(64)
+    if not said:
+        raise UserError("--allow_code: a program's sandbox did not start; is the machine full?")
+    return process.returncode == 0 and said == b"+" + token
 
 
 class CodeEval:
     """In place of the hub's code_eval, which lm-eval's code tasks load: the same by run_program."""
 
+    def __init__(self, box: Callable | None = None):
+        self.box = box
+
     def compute(self, references: list[str], predictions: list[list[str]], k=(1,), **_) -> tuple:
         passed = []
         for test, candidates in zip(references, predictions):
-            passed.append([run_program(f"{candidate}\n{test}") for candidate in candidates])
+            programs = [f"{candidate}\n{test}" for candidate in candidates]
+            passed.append([run_program(program, box=self.box) for program in programs])
         values = {}
         for n in (n for n in k if n <= min(map(len, passed))):
             rates = [pass_at_k(len(row), sum(row), n) for row in passed]
@@ -607,11 +707,11 @@ class CodeEval:
         return values, passed
 
 
-def load_metric(path: str, *args, **kwargs) -> object:
+def load_metric(box: Callable | None, path: str, *args, **kwargs) -> object:
     """evaluate.load, but code_eval is CodeEval."""
     from evaluate.loading import load
 
-    return CodeEval() if path == "code_eval" else load(path, *args, **kwargs)
+    return CodeEval(box) if path == "code_eval" else load(path, *args, **kwargs)
 
 
 def popqa_results(doc: dict, results: list[str]) -> dict[str, float]:
@@ -651,7 +751,9 @@ def prepare_lm_eval(name: str, source: str, args: Namespace) -> Task:
         own = f"neither one of eval.py's ({', '.join([*CHOICE_TASKS, *CHAT_TASKS])})"
         raise UserError(f"--tasks {task}: {own} nor of lm-eval's; near are {near}")
     if task.startswith(RUNS_CODE) and not args.allow_code:
-        raise UserError(f"{task}: runs the model's code; add --allow_code, best in a container")
+        raise UserError(f"{task}: runs the model's code; add --allow_code, which uses a sandbox")
+    if task.startswith(RUNS_CODE) and args.allow_code == "sandbox":
+        sandbox()
     if task == "ifeval":
         check_punkt()
     local = local_rows(task, source, args) if source else {}
@@ -730,9 +832,11 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     how = {"num_fewshot": args.shots, "limit": args.limit, "task_manager": task_manager()}
     how |= {"use_cache": str(cache), "bootstrap_iters": 0}
     how["apply_chat_template"] = chat
-    how["confirm_run_unsafe_code"] = args.allow_code
+    box = unsafe if args.allow_code == "unsafe" else None
+    # what would run code around CodeEval is refused by lm-eval
+    how["confirm_run_unsafe_code"] = bool(box) or task.extra["task"].startswith(RUNS_CODE)
     try:
-        with mock.patch("evaluate.load", load_metric):
+        with mock.patch("evaluate.load", functools.partial(load_metric, box)):
             wrapped = HFLM(lm, **lm_how)
             spec = lm_eval_spec(task, folder)
             output = lm_eval.simple_evaluate(model=wrapped, tasks=[spec], **how)
@@ -1118,8 +1222,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="only the first N rows of every task and domain, for trying out; default all")
     add("--judge", metavar="MODEL",
         help="grade mt_bench by this model at $OPENAI_BASE_URL, key $OPENAI_API_KEY; default none")
-    add("--allow_code", action="store_true",
-        help="let humaneval and the like run code that the model writes, in limits; default no")
+    add("--allow_code", nargs="?", const="sandbox", choices=["sandbox", "unsafe"],
+        help="humaneval and mbpp run the model's code in a sandbox (bwrap or unshare); unsafe: "
+             "without one; default: refuse")
     add = parser.add_argument_group("how").add_argument
     add("--template", default="auto", metavar="NAME",
         help="alpaca, plain, chat, a Jinja file; auto (default): plain for choices and lm-eval, "
