@@ -5,6 +5,7 @@ Sections: how a command ends · files · state of a model · trackers · the run
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib
 import importlib.metadata
@@ -48,9 +49,31 @@ def _run_command(main: Callable, argv: list[str] | None = None):
     except KeyboardInterrupt:
         print("\ninterrupted: continue with --resume and the run folder", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        release_locks()
 
 
 # ---- Files ---------------------------------------------------------------------------------------
+_locks = []  # open files: a lock lasts as long as its file is open
+
+
+def lock(folder: Path) -> None:
+    """Hold a folder for this command alone, until it ends in whatever way. Raises UserError where
+    another process holds it."""
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (open for the command's life)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder}: another process writes it") from None
+    _locks.append(file)
+
+
+def release_locks() -> None:
+    while _locks:
+        _locks.pop().close()
+
+
 @contextlib.contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator:
     """A file to be written that takes its name once it is whole: nobody sees half of it."""
