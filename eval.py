@@ -19,7 +19,6 @@ Shapes: n rows of a task, c options of a question, M models, S bootstrap samples
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import gc
 import hashlib
@@ -30,10 +29,6 @@ import logging
 import math
 import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -54,7 +49,9 @@ import common
 import data
 import plots
 import runs
+import sandbox
 from data import HubSource, UserError
+from sandbox import run_program
 
 VERSION = 2  # of prompts and prediction lines: predictions of another version are refused
 SAMPLES = 2000  # of the bootstrap
@@ -637,149 +634,18 @@ LOCAL = {  # tasks that take =FILE: shots of their definition, and the columns i
     "ifeval": (0, {"key", "prompt", "instruction_id_list", "kwargs"}),
     "popqa": (15, {"question", "obj", "possible_answers"}),
 }
-CODE_SECONDS, CODE_BYTES = 10, 4 * 2**30  # limits of one generated program: time, memory
-CODE_PROCESSES, CODE_DISK = (
-    64,
-    16 * 2**20,
-)  # at once; bytes in its folder, the only one it can write
-LIMITED = """
-import os, resource, sys
-os.write(1, b"+")
-os.chdir(os.environ["HOME"])
-seconds, size = map(int, sys.argv[1:])
-for name, most in ("CPU", seconds), ("AS", size), ("FSIZE", 2 ** 20), ("CORE", 0):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-def run(source):
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
-    return b""
-# the token gets no name: it stands in no module and in no variable of a frame
-os.write(os.dup(1), os.read(0, 32) + run(sys.stdin.buffer.read()))
-"""
-# Arguments: folder, what Python needs, --, command. The new root lies over the folder. This shell
-# stays outside of it as process 1: when it ends, or unshare is killed, the kernel ends all others.
-NEW_ROOT = """
-set -e
-umask 022
-root=$1; shift
-mount -t tmpfs -o mode=755,nosuid,nodev tmpfs "$root"
-while [ "$1" != -- ]; do
-    mkdir -p "$root$1"
-    mount --rbind "$1" "$root$1"
-    mount -o remount,bind,ro,nosuid,nodev "$root$1"
-    shift
-done
-shift
-mkdir -p "$root/dev" "$root/etc" "$root$root"
-for file in /dev/null /dev/urandom /etc/ld.so.cache; do
-    : > "$root$file"
-    mount --bind "$file" "$root$file"
-done
-mount -t tmpfs -o size=SIZE,mode=777,nosuid,nodev tmpfs "$root$root"
-mount -o remount,bind,ro,nosuid,nodev "$root"
-chroot "$root" "$@" || exit 1
-""".replace("SIZE", str(CODE_DISK))
-APART = ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts"]
-
-
-def python_needs() -> list[str]:
-    """The folders without which this Python does not start."""
-    system = [path for path in ("/usr", "/lib", "/lib64", "/bin") if os.path.isdir(path)]
-    own = sorted({sys.prefix, sys.base_prefix})
-    return system + [path for path in own if not path.startswith("/usr")]
-
-
-def by_namespaces(folder: str, first: list[str], last: list[str]) -> list[str]:
-    """util-linux's tools around a command; first: more of unshare, last: more of setpriv."""
-    apart = [flag.replace("unshare-", "") for flag in [*APART, "--unshare-mount"]]
-    command = ["unshare", *first, *apart, "--fork", "--kill-child", "sh", "-c", NEW_ROOT, "sh"]
-    command += [folder, *python_needs(), "--", "setpriv", *last]
-    command += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
-    return [*command, "prlimit", f"--nproc={CODE_PROCESSES}"]
-
-
-def by_root(folder: str) -> list[str]:
-    """Where root may make namespaces: the program is nobody, not root."""
-    return by_namespaces(folder, [], ["--reuid=65534", "--regid=65534", "--clear-groups"])
-
-
-def by_bubblewrap(folder: str) -> list[str]:
-    command = ["bwrap", *APART, "--cap-drop", "ALL", "--new-session", "--die-with-parent"]
-    for path in python_needs():
-        command += ["--ro-bind", path, path]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"]
-    for path in ("/dev/null", "/dev/urandom"):
-        command += ["--dev-bind", path, path]
-    command += ["--size", str(CODE_DISK), "--tmpfs", folder, "--remount-ro", "/"]
-    return [*command, "prlimit", f"--nproc={CODE_PROCESSES}"]
-
-
-def by_user(folder: str) -> list[str]:
-    return by_namespaces(folder, ["--user", "--map-root-user"], [])
-
-
-def unsafe(folder: str) -> list[str]:
-    """--allow_code unsafe: limits on time, memory and file size, but no sandbox."""
-    return []
-
-
-@functools.cache
-def sandbox() -> Callable:
-    """The first sandbox that works on this machine: function(folder) -> what stands before a
-    command. Raises UserError."""
-    for box in (by_root, by_bubblewrap, by_user):
-        with contextlib.suppress(OSError, UserError):
-            if run_program("", box=box):
-                return box
-    needs = "needs bubblewrap (bwrap) or user namespaces (unshare), and neither works here"
-    raise UserError(f"--allow_code: {needs}; in a container of its own: --allow_code unsafe")
-
-
-def run_program(
-    source: str, seconds: int = CODE_SECONDS, memory: int = CODE_BYTES, box: Callable | None = None
-) -> bool:
-    """Run generated Python in a sandbox (box; None: sandbox()), in an empty folder and environment.
-    True only if it ran to its end (an early exit(0) does not pass): then it has sent a token, which
-    this process, out of its reach, compares. Raises UserError where the sandbox does not start."""
-    token = os.urandom(16).hex().encode()
-    reader, writer = os.pipe()  # read once, at the end: a flood fills the pipe and then waits
-    os.set_blocking(reader, False)
-    with tempfile.TemporaryDirectory() as folder, open(reader, "rb", 0) as report:
-        own = {"cwd": folder, "env": {"HOME": folder, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}}
-        streams = {"stdin": subprocess.PIPE, "stdout": writer, "stderr": subprocess.DEVNULL}
-        try:
-            command = [*(box or sandbox())(folder), sys.executable, "-I", "-c", LIMITED]
-            command += [str(seconds), str(memory)]
-            process = subprocess.Popen(command, start_new_session=True, **own, **streams)
-        finally:
-            os.close(writer)
-        try:
-            process.communicate(token + source.encode("utf-8", "replace"), timeout=seconds + 1)
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        said = report.read(64)
-    if not said:
-        raise UserError("--allow_code: a program's sandbox did not start; is the machine full?")
-    return process.returncode == 0 and said == b"+" + token
 
 
 class CodeEval:
     """In place of the hub's code_eval, which lm-eval's code tasks load: the same by run_program."""
 
-    def __init__(self, box: Callable | None = None):
-        self.box = box
+    box = None  # as run_program has it; the class's, since lm-eval keeps the first object it loads
 
     def compute(self, references: list[str], predictions: list[list[str]], k=(1,), **_) -> tuple:
         passed = []
         for test, candidates in zip(references, predictions):
             programs = [f"{candidate}\n{test}" for candidate in candidates]
-            passed.append([run_program(program, box=self.box) for program in programs])
+            passed.append([run_program(program, box=CodeEval.box) for program in programs])
         values = {}
         for n in (n for n in k if n <= min(map(len, passed))):
             rates = [pass_at_k(len(row), sum(row), n) for row in passed]
@@ -787,11 +653,11 @@ class CodeEval:
         return values, passed
 
 
-def load_metric(box: Callable | None, path: str, *args, **kwargs) -> object:
+def load_metric(path: str, *args, **kwargs) -> object:
     """evaluate.load, but code_eval is CodeEval."""
     from evaluate.loading import load
 
-    return CodeEval(box) if path == "code_eval" else load(path, *args, **kwargs)
+    return CodeEval() if path == "code_eval" else load(path, *args, **kwargs)
 
 
 def popqa_results(doc: dict, results: list[str]) -> dict[str, float]:
@@ -833,7 +699,7 @@ def prepare_lm_eval(name: str, source: str, args: Namespace) -> Task:
     if task.startswith(RUNS_CODE) and not args.allow_code:
         raise UserError(f"{task}: runs the model's code; add --allow_code, which uses a sandbox")
     if task.startswith(RUNS_CODE) and args.allow_code == "sandbox":
-        sandbox()
+        sandbox.find_box()
     if task == "ifeval":
         check_punkt()
     local = local_rows(task, source, args) if source else {}
@@ -912,11 +778,12 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     how = {"num_fewshot": args.shots, "limit": args.limit, "task_manager": task_manager()}
     how |= {"use_cache": str(cache), "bootstrap_iters": 0}
     how["apply_chat_template"] = chat
-    box = unsafe if args.allow_code == "unsafe" else None
+    CodeEval.box = sandbox.unsafe if args.allow_code == "unsafe" else None
     # what would run code around CodeEval is refused by lm-eval
-    how["confirm_run_unsafe_code"] = bool(box) or task.extra["task"].startswith(RUNS_CODE)
+    safe = task.extra["task"].startswith(RUNS_CODE)
+    how["confirm_run_unsafe_code"] = safe or args.allow_code == "unsafe"
     try:
-        with mock.patch("evaluate.load", functools.partial(load_metric, box)):
+        with mock.patch("evaluate.load", load_metric):
             wrapped = HFLM(lm, **lm_how)
             spec = lm_eval_spec(task, folder)
             output = lm_eval.simple_evaluate(model=wrapped, tasks=[spec], **how)

@@ -1,16 +1,12 @@
 """eval.py: statistics by hand, log-likelihoods against a plain computation, right and
-wrong answers, resume, judge, sandbox."""
+wrong answers, resume, judge."""
 
-import contextlib
 import email.utils
-import functools
 import json
 import math
 import os
 import re
-import resource
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +22,7 @@ from conftest import alpaca_text, plain, random_model
 import common
 import data
 import eval as evaluation
+import sandbox
 import sftmix
 from common import UserError
 
@@ -909,160 +906,14 @@ def test_scores_by_turn_and_round():
 # ----------------------------------------------------------------------------------- generated code
 
 
-CHILD = "import time; time.sleep(60)"
-HOLDS_THE_PIPE = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(20)"
-CLEAN = "import os; assert not {'OPENAI_API_KEY', 'SHELL'} & {*os.environ} and not os.listdir('.')"
-FRAMES = """
-import os, sys
-frame = sys._getframe()
-while frame.f_back:
-    frame = frame.f_back
-    for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
-        if isinstance(value, (bytes, str)):
-            for fd in range(64):
-                try: os.write(fd, value if isinstance(value, bytes) else value.encode())
-                except OSError: pass
-os._exit(0)
-"""
-FLOOD = """
-import os
-for fd in range(1, 64):
-    try:
-        while True: os.write(fd, b'x' * 65536)
-    except OSError: pass
-"""
-PROGRAMS = [
-    ("x = 1 + 1\nassert x == 2", True),
-    ("assert 1 == 2", False),
-    ("import sys; sys.exit(0)", False),
-    ("import os; os._exit(0)", False),
-    ("import atexit, os; atexit.register(os._exit, 0); raise SystemExit(0)", False),
-    ("import __main__, os; os.write(__main__.report, __main__.token); os._exit(0)", False),
-    (FRAMES, False),
-    ("def f(:", False),
-    ("x = 1\0", False),
-    ("x = '\ud800'", True),
-    ("while True: pass", False),
-    ("x = bytearray(2 ** 34)", False),
-    (CHILD, False),
-    (FLOOD, False),
-    ("print('noise'); import sys; sys.stderr.write('noise')", True),
-    ("open('big', 'w').write('x' * 2 ** 24)", False),
-    (f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {CHILD!r}])", True),
-    (CLEAN, True),
-]
-CONTAINED = [
-    (HOLDS_THE_PIPE, True),  # ended with the sandbox
-    ("open('f', 'w').write('x' * 2 ** 20)\nassert len(open('f').read()) == 2 ** 20", True),
-    ("for i in range(17): open(str(i), 'w').write('x' * 2 ** 20)", False),  # 16 MiB of disk
-    ("import os; assert os.listdir(os.environ['HOME']) == [] and os.getcwd() != '/'", True),
-    ("open('/etc/passwd')", False),
-    ("open('/proc/self/environ')", False),
-    ("import sys; open(sys.prefix + '/left', 'w')", False),
-    ("open('/usr/left', 'w')", False),
-    ("open('/left', 'w')", False),
-    ("import ctypes; assert ctypes.CDLL(None).mount(b'x', b'/usr', b'tmpfs', 0, None) == 0", False),
-    ("import os; os.chroot('.')", False),
-    ("import os; os.setuid(0); os.listdir('/root/.ssh')", False),
-]
+def no_box():
+    raise UserError("neither works here")
 
 
-@functools.cache
-def sandboxes():
-    """Those that work on this machine."""
-    found = []
-    for box in (evaluation.by_root, evaluation.by_bubblewrap, evaluation.by_user):
-        with contextlib.suppress(OSError, UserError):
-            found += [box] if evaluation.run_program("", box=box) else []
-    return found
-
-
-@pytest.mark.parametrize("program, passes", PROGRAMS)
-def test_programs_run_in_limits(program, passes, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    for box in (sandboxes() or [evaluation.unsafe])[:1]:
-        assert evaluation.run_program(program, seconds=2, box=box) is passes
-    assert time.perf_counter() - started < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
-    assert evaluation.run_program(program, seconds=2, box=evaluation.unsafe) is passes
-
-
-@pytest.mark.parametrize("program, passes", CONTAINED)
-def test_programs_are_contained(program, passes):
-    boxes = sandboxes()
-    if not boxes:
-        pytest.skip("neither bwrap nor unshare works here")
-    for box in boxes:
-        assert evaluation.run_program(program, seconds=3, box=box) is passes, box
-
-
-def test_a_program_reaches_no_file_process_or_network(tmp_path):
-    boxes, mine = sandboxes(), tmp_path / "mine"
-    if not boxes:
-        pytest.skip("neither bwrap nor unshare works here")
-    mine.write_text("mine")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        for box in boxes:
-            for program in (
-                f"import os; assert os.path.exists({str(mine)!r})",
-                f"open({str(mine)!r}, 'w')",
-                f"import socket; socket.create_connection(('127.0.0.1', {port}), 1)",
-                f"import os; os.kill({os.getpid()}, 0)",
-            ):
-                assert not evaluation.run_program(program, box=box), (box, program)
-    assert mine.read_text() == "mine"
-
-
-def test_a_program_has_few_processes():
-    program = "import os\nfor i in range({}):\n    if not os.fork():\n        while 1: pass"
-    # the kernel counts no process of the machine's root: only by_root gives it up
-    boxes = [box for box in sandboxes() if os.geteuid() or box is evaluation.by_root]
-    if not boxes:
-        pytest.skip("neither bwrap nor unshare works here")
-    for box in boxes:
-        assert evaluation.run_program(program.format(20), box=box)
-        assert not evaluation.run_program(program.format(70), box=box)
-
-
-def test_nothing_of_a_program_is_left_running():
-    boxes, mark = sandboxes(), f"{os.getpid()}{time.time_ns()}"
-    if not boxes:
-        pytest.skip("neither bwrap nor unshare works here")
-    fork = (
-        "import os, subprocess, sys\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-    )
-    fork += f"        subprocess.run([sys.executable, '-c', {CHILD!r}, '{mark}'])\n"
-    for box in boxes:
-        for end in ("import time\ntime.sleep(0.5)", "while True: pass"):
-            evaluation.run_program(fork + end, seconds=1, box=box)
-            time.sleep(0.2)
-            commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")]
-            assert not [line for line in commands if mark.encode() in line], box
-
-
-def test_without_a_sandbox_code_is_refused(tmp_path, write_jsonl, monkeypatch, capsys):
-    pytest.importorskip("lm_eval")
-    row = {"prompt": "def f():\n", "test": "pass", "entry_point": "f"}
-    tasks = ["--tasks", f"humaneval={write_jsonl('code.jsonl', [row])}"]
-    monkeypatch.setattr(evaluation, "python_needs", lambda: ["/nowhere"])
-    evaluation.sandbox.cache_clear()
-    try:
-        error = fails(capsys, tmp_path / "run", *tasks, "--allow_code")
-        assert "neither works here" in error and "--allow_code unsafe" in error
-        assert not (tmp_path / "run").exists()
-        with pytest.raises(UserError, match="neither works here"):
-            evaluation.run_program("")
-        with pytest.raises(UserError, match="did not start"):
-            evaluation.run_program("", box=lambda folder: ["false"])
-    finally:
-        evaluation.sandbox.cache_clear()
-
-
-def test_code_eval_speaks_the_metrics_protocol():
+def test_code_eval_speaks_the_metrics_protocol(monkeypatch):
     tests, programs = ["assert f(2) == 3"], [["def f(x): return x + 1", "def f(x): return x"]]
-    metric = evaluation.CodeEval((sandboxes() or [evaluation.unsafe])[0])
+    metric = evaluation.CodeEval()
+    monkeypatch.setattr(evaluation.CodeEval, "box", sandbox.unsafe)
     values, passed = metric.compute(references=tests, predictions=programs, k=[1, 2])
     assert values == {"pass@1": 0.5, "pass@2": 1.0} and passed == [[True, False]]
 
@@ -1146,10 +997,20 @@ def test_humaneval_over_local_rows(tmp_path, write_jsonl, monkeypatch, capsys):
     solutions = {row["prompt"]: row["canonical_solution"] for row in rows}
     solutions |= {row["prompt"]: "    raise SystemExit(0)\n" for row in rows[::2]}
     answers_of(monkeypatch, lambda prompt: solutions[prompt])
-    how = "sandbox" if sandboxes() else "unsafe"
-    flags = f"--tasks humaneval={path} --allow_code {how}"
-    result = run(tmp_path / "run", flags)["tiny"]["humaneval"]
+    flags, boxes = ["--tasks", f"humaneval={path}", "--allow_code"], []
+    monkeypatch.setattr(sandbox, "find_box", no_box)
+    assert "neither works here" in fails(capsys, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+    result = run(tmp_path / "run", *flags, "unsafe")["tiny"]["humaneval"]
     assert result["pass@1,create_test"] == 0.5 and result["n"] == 4
+
+    def box(folder):
+        boxes.append(folder)
+        return []
+
+    monkeypatch.setattr(sandbox, "find_box", lambda: box)
+    assert run(tmp_path / "boxed", *flags)["tiny"]["humaneval"] == result
+    assert len(boxes) >= 4  # every program ran in it
 
 
 def test_ifeval_over_local_rows(tmp_path, write_jsonl, monkeypatch):
