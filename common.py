@@ -76,23 +76,33 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def _number(kind: type, valid: Callable, what: str, text: str):
-    """An argparse type: a finite number for which valid(number)."""
+MOST, MOST_STEPS = 10**9, 10**7  # of a number in a flag; beyond them a run would hang or overflow
+
+
+def _number(kind: type, valid: Callable, what: str, most: float, text: str):
+    """An argparse type: a number of at most `most` for which valid(number)."""
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and valid(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is too large, at most {most:,} is taken")
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}")
     return value
 
 
 number = functools.partial(functools.partial, _number)
-positive_int = number(int, lambda n: n > 0, "a positive whole number")
-positive_float = number(float, lambda x: x > 0, "a positive number")
-non_negative_int = number(int, lambda n: n >= 0, "a whole number of at least 0")
-non_negative_float = number(float, lambda x: x >= 0, "a number of at least 0")
-fraction = number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
+positive_int = number(int, lambda n: n > 0, "a positive whole number", MOST)
+non_negative_int = number(int, lambda n: n >= 0, "a whole number of at least 0", MOST)
+positive_float = number(float, lambda x: x > 0, "a positive number", MOST)
+non_negative_float = number(float, lambda x: x >= 0, "a number of at least 0", MOST)
+fraction = number(float, lambda x: 0 <= x <= 1, "between 0 and 1", math.inf)
+share_below_1 = number(float, lambda x: 0 <= x < 1, "at least 0 and below 1", math.inf)
+step_count = number(int, lambda n: n > 0, "a positive whole number", MOST_STEPS)
+few = number(int, lambda n: n > 0, "a positive whole number", 10_000)
+few_or_0 = number(int, lambda n: n >= 0, "a whole number of at least 0", 10_000)
+any_seed = number(int, lambda n: n >= 0, "a whole number of at least 0", 2**63 - 1)  # torch's most
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -120,8 +130,8 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     add = parser.add_argument_group("optimisation").add_argument
     length = parser.add_mutually_exclusive_group().add_argument
     length("--epochs", type=positive_float, metavar="N", help="passes over the training data")
-    length("--max_steps", type=positive_int, metavar="N", help="optimizer steps, not --epochs")
-    add("--batch_size", type=positive_int, help="examples per optimizer step, over all ranks")
+    length("--max_steps", type=step_count, metavar="N", help="optimizer steps, not --epochs")
+    add("--batch_size", type=step_count, help="examples per optimizer step, over all ranks")
     add("--micro_batch_size", type=positive_int, default=8,
         help="examples per forward pass; changes memory and speed, not the result")
     add("--lr", type=positive_float, help="peak learning rate")
@@ -137,12 +147,12 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="bf16: autocast over fp32 master weights; auto: bf16 on a GPU that has it, else fp32")
     add("--gradient_checkpointing", action="store_true",
         help="recompute activations in the backward pass: less memory, about 1.3x the time")
-    add("--lora_rank", type=non_negative_int, default=0,
+    add("--lora_rank", type=few_or_0, default=0,
         help="train a LoRA adapter of this rank on all linear layers; 0 = full fine-tuning")
     add("--lora_alpha", type=positive_float, help="LoRA scale, update = alpha/R · BA; default 2R")
-    add("--lora_dropout", type=fraction, default=0.0, help="dropout on the adapter's input")
+    add("--lora_dropout", type=share_below_1, default=0.0, help="dropout on the adapter's input")
     add = parser.add_argument_group("run").add_argument
-    add("--seed", type=non_negative_int, default=0,
+    add("--seed", type=any_seed, default=0,
         help="of data order, sampling and adapter init; data order ignores the model's RNG")
     add("--output_dir", metavar="DIR", help="default runs/<script>-<model>-<seed>-<time>")
     add("--resume", nargs="?", const=True, metavar="DIR",
@@ -661,8 +671,12 @@ def every(count: int, steps: int) -> range:
 
 
 def total_steps(args: Namespace, steps_per_epoch: int) -> int:
-    """--max_steps, or --epochs turned into optimizer steps."""
-    return args.max_steps or max(1, math.ceil(args.epochs * steps_per_epoch - 1e-9))
+    """--max_steps, or --epochs turned into optimizer steps. Raises UserError."""
+    steps = args.max_steps or max(1, math.ceil(args.epochs * steps_per_epoch - 1e-9))
+    if steps > MOST_STEPS:
+        problem = f"are {steps:,} steps, at most {MOST_STEPS:,} are taken"
+        raise UserError(f"--epochs {args.epochs:g}: {problem}; give fewer, or --max_steps")
+    return steps
 
 
 # ---- Names of metrics, the end of a run ----------------------------------------------------------

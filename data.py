@@ -14,9 +14,12 @@ import datetime
 import hashlib
 import io
 import json
+import os
 import re
+import signal
+import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -210,6 +213,7 @@ def _table_records(kind: str, raw) -> list[tuple]:
             table = pyarrow.ipc.open_stream(source).read_all()
         except pyarrow.ArrowInvalid:
             table = pyarrow.ipc.open_file(source).read_all()
+    table.validate(full=True)  # a damaged offset would end the process
     nested = [f.name for f in table.schema if pyarrow.types.is_nested(f.type)]
     records = table.to_pylist()
     for record in records:
@@ -234,10 +238,14 @@ def read_file(path: str | Path, name: str = "") -> list[tuple[int, dict]]:
             return _table_records(kind, raw)
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 (byte {error.start})") from None
+        found = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        problem = f"not UTF-8 (byte {error.start})"
+        raise UserError(f"{file}: {problem}; {found}save it as UTF-8") from None
     except (OSError, pyarrow.ArrowException) as error:
         problem = f"cannot be read as {kind} ({type(error).__name__}: {error})"
         raise UserError(f"{file}: {problem}") from None
+    if "\0" in text[:4]:
+        raise UserError(f"{file}: begins with NUL bytes; if it is UTF-16, save it as UTF-8")
     return _json_records(text, file) if kind == "json" else _csv_records(text, file)
 
 
@@ -576,14 +584,19 @@ def _match_schema(record: Record) -> list[Row] | None:
     return None
 
 
+def check_object(record: object, where: str) -> None:
+    """Raise UserError unless a record is a JSON object."""
+    if not isinstance(record, dict):
+        kind = "null" if record is None else type(record).__name__
+        raise UserError(f"{where}: expected an object, found {kind}")
+
+
 def read_record(record: dict, file: str = "data", number: int = 1) -> tuple[list[Row], Record]:
     """One record of any schema -> its rows (several for a dialogue), and what was not used. Column
     names are compared in lower case, spaces as underscores. Raises UserError naming file, row and
     the keys found."""
     where = f"{file}, row {number}"
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise UserError(f"{where}: expected an object, found {kind}")
+    check_object(record, where)
     columns = {str(key).strip().lower().replace(" ", "_"): v for key, v in record.items()}
     found, state = f"keys {sorted(columns)}", Record(columns, file, number)
     try:
@@ -593,6 +606,8 @@ def read_record(record: dict, file: str = "data", number: int = 1) -> tuple[list
     except (AttributeError, TypeError, KeyError, IndexError) as error:
         cause = f"{type(error).__name__}: {error}"
         raise UserError(f"{where}: cannot read the row ({cause}); {found}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply; {found}") from None
     if rows is None:
         raise UserError(f"{where}: {found} fit no known schema; accepted are {ACCEPTED}")
     return rows, state
@@ -661,15 +676,32 @@ def of_split(paths: list[Path], split: str) -> list[Path]:
     return []
 
 
-def folder_files(folder: Path, split: str) -> list[Path]:
+def _saved(path: Path, read: Callable) -> list[Path]:
+    """What a file that save_to_disk wrote names: read(its value) -> names of the same folder. []
+    where there is no such file. Raises UserError."""
+    try:
+        if not path.is_file():
+            return []
+        return [path.parent / name for name in read(json.loads(path.read_text(encoding="utf-8")))]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: is not what save_to_disk writes ({cause})") from None
+
+
+def folder_files(folder: Path, split: str, above: tuple = ()) -> list[Path]:
     """The files of a folder that hold `split` ("train" or "eval"): what save_to_disk wrote, or data
-    files in it or in its data/ (a clone of a hub repository). Raises UserError."""
-    if (folder / "state.json").is_file():
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return [folder / entry["filename"] for entry in state["_data_files"]]
+    files in it or in its data/ (a clone of a hub repository). above: the real folders that hold it.
+    Raises UserError."""
+    above = (*above, folder.resolve())
+    if above.count(above[-1]) > 1:
+        raise UserError(f"{above[-1]}: the folder holds itself, by a link")
+    files = _saved(
+        folder / "state.json", lambda state: [file["filename"] for file in state["_data_files"]]
+    )
+    if files:
+        return files
     if (folder / "dataset_dict.json").is_file():
-        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        found = [folder / name for name in names]
+        found = _saved(folder / "dataset_dict.json", lambda saved: saved["splits"])
     else:
         found = [file for file in sorted(folder.iterdir()) if file_kind(file)]
         if not found and (folder / "data").is_dir():
@@ -685,13 +717,14 @@ def folder_files(folder: Path, split: str) -> list[Path]:
         raise UserError(f"{folder}: holds no training split, only {names}; give one of them")
     if len(chosen) < len(found):
         print(f"data  {folder}: {len(chosen)} of {len(found)} files or splits, by name: {names}")
-    parts = [folder_files(path, split) if path.is_dir() else [path] for path in chosen]
+    parts = [folder_files(path, split, above) if path.is_dir() else [path] for path in chosen]
     return [file for part in parts for file in part]
 
 
 def load_hub(source: HubSource, limit: int | None, split: str = "train") -> list[tuple]:
     """[(file, row number, record)] of a HubSource; a streamed one only up to limit rows. JSON and
-    CSV repositories are read by read_file, since `datasets` infers types. Raises UserError."""
+    CSV repositories are read by read_file, since `datasets` infers types. It runs no code of a
+    repository (loading scripts ended with version 4). Raises UserError."""
     import datasets
 
     split = source.eval_split if split == "eval" and source.eval_split else source.split
@@ -716,17 +749,18 @@ def load_hub(source: HubSource, limit: int | None, split: str = "train") -> list
         raise UserError(f"cannot load {what}: {cause}") from None
 
 
-SPEC_FORM = re.compile(r"(?:(?P<label>[^=/\\#]+)=)?(?P<source>[^#]+)(?:#(?P<count>\d+))?")
+SPEC_FORM = re.compile(r"(?:(?P<label>[^=/\\#]+)=)?(?P<source>[^#]+)(?:#(?P<count>\d{1,20}))?")
 
 
 def parse_spec(spec: str) -> tuple[str | None, str, int | None]:
     """`[label=]SOURCE[#N]` -> (label or None, source, N or None). What is a file or folder's whole
     name is that. Raises UserError."""
-    if spec and Path(spec).exists():
+    if spec and os.path.exists(spec):
         return None, spec, None
     match = SPEC_FORM.fullmatch(spec)
-    if not match or match["count"] == "0":
-        raise UserError(f"{spec!r} is no dataset; expected [label=]SOURCE[#N] with N at least 1")
+    if not match or int(match["count"] or 1) == 0:
+        form = "expected [label=]SOURCE[#N] with N at least 1"
+        raise UserError(f"{spec[:200]!r} is no dataset; {form}")
     return match["label"], match["source"], match["count"] and int(match["count"])
 
 
@@ -966,6 +1000,29 @@ def template_date(name: str, tokenizer, first: str | None = None) -> str | None:
     return first or datetime.date.today().isoformat()
 
 
+TEMPLATE_SECONDS = 10  # that a template may take for two short turns
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds inside, where the system can: Unix, main thread."""
+    here = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    if not here:
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"it ran for {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def with_template(tokenizer, name: str, date: str | None = None):
     """-> a copy of the tokenizer whose chat template is the one of --template (pick_template's
     choice), tried once. date (YYYY-MM-DD) takes the place of today's in templates that write it,
@@ -981,9 +1038,10 @@ def with_template(tokenizer, name: str, date: str | None = None):
         problem = "its strftime_now has no plain text as format, so its date cannot be kept"
         raise UserError(f"--template {name}{where}: cannot be used: {problem}")
     try:
-        Template(result).ids([Row((("user", "One?"),), "Two.")])
-    except UserError as error:
-        problem = str(error).split(": ", 1)[1].removesuffix("; try --template alpaca")
+        with time_limit(TEMPLATE_SECONDS):
+            Template(result).ids([Row((("user", "One?"),), "Two.")])
+    except (UserError, TimeoutError) as error:
+        problem = str(error).split(": ", 1)[-1].removesuffix("; try --template alpaca")
         advice = "" if name in TEMPLATES else "; try --template alpaca"
         raise UserError(f"--template {name}{where}: cannot be used: {problem}{advice}") from None
     return result

@@ -211,9 +211,9 @@ def update_steps(schedule: str, steps: int) -> list[int]:
         points = sorted({int(point) for point in schedule.split(",")} | {0})
     except ValueError:
         forms = "none, light, dense nor a list of steps like 0,50,200"
-        raise ValueError(f"{schedule!r} is neither {forms}") from None
+        raise ValueError(f"{schedule[:60]!r} is neither {forms}") from None
     if points[0] < 0 or points[-1] >= steps:
-        raise ValueError(f"{schedule!r} has a step outside of 0 .. {steps - 1}")
+        raise ValueError(f"{schedule[:60]!r} has a step outside of 0 .. {steps - 1}")
     return points
 
 
@@ -343,7 +343,7 @@ def read_json(path: str, flag: str, expected: str) -> dict:
     """The object in a JSON file that a flag names. Raises UserError."""
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{flag} {path}: expected {expected} ({error})") from None
 
 
@@ -709,7 +709,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--updates", default="light", metavar="none|light|dense|STEP,STEP,...",
         help="when the mixture is updated: evenly, with geometrically growing intervals first, or "
              "at these steps; always at 0")
-    add("--probe_steps", type=common.positive_int, default=4, metavar="C",
+    add("--probe_steps", type=common.few, default=4, metavar="C",
         help="steps on each dataset alone that estimate its slopes (the paper's number is unknown)")
     add("--damping", type=common.fraction, default=0.0,
         help="share of the previous mixture, at first the uniform one, that an update keeps (not "

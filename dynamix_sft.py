@@ -382,6 +382,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.epochs = None
     if args.init == "proportional" and (args.prior or not args.beta):
         parser.error("--init proportional goes with --no-prior and a positive --beta")
+    if args.init == "proportional" and args.beta < 1e-6:
+        parser.error(f"--beta {args.beta:g}: --init proportional divides by it, at least 1e-6")
     if args.lookahead == "first_order" and args.reward == "entropy":
         parser.error("--lookahead first_order goes with --reward loss")
     return args

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pickle
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from data import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "adapter_config.json"
+NO_CODE = {"trust_remote_code": False}  # code of a model is never run, nor is anybody asked
 
 
 def tiny_tokenizer() -> Any:
@@ -75,14 +77,18 @@ def find_model(name: str) -> tuple[str, dict]:
     """A model's name -> (folder or hub id, options for from_pretrained: the GGUF file that the name
     is, or that its folder holds). Raises UserError."""
     path, problem = Path(name), None
+    if name == "tiny":
+        return name, {}
     local = not name or name[0] in "./~" or name.count("/") > 1 or path.suffix == ".gguf"
     files = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if local and not (name and path.exists()):
         problem = "no such folder" if path.suffix != ".gguf" else "no such file"
     elif path.is_file() and path.suffix != ".gguf":
         problem = "is a file; give a model's folder, or a .gguf file"
-    elif not files or (path / "config.json").exists() or (path / ADAPTER).exists():
+    elif (path / "config.json").exists() or (path / ADAPTER).exists() or not path.exists():
         return name, {}
+    elif not files:
+        problem = "the folder holds no config.json, so it is no model's"
     elif len(files) > 1:
         problem = f"holds {len(files)} .gguf files; name one, such as {files[0]}"
     elif not importlib.util.find_spec("gguf"):
@@ -141,14 +147,17 @@ def find_base(adapter: Path) -> tuple[str, int]:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No reports and progress bars of transformers inside: what is wrong is one line of ours."""
+    """No reports, warnings and progress bars of transformers inside: what is wrong is one line of
+    ours."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
@@ -168,6 +177,33 @@ def refuse_tensors(name: str, model, info: dict) -> None:
             listed = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
             cause = f"{len(names)} {kind} tensors for {type(model).__name__}: {listed}"
             raise UserError(f"--model {name}: {cause}; are its files whole, and of one model?")
+
+
+def refuse_nan(name: str, model) -> None:
+    """Raise UserError where a weight is NaN or infinite."""
+    weights = [(key, p) for key, p in model.named_parameters() if p.is_floating_point()]
+    bad = []
+    for key, weight in weights:
+        total = weight.detach().sum(dtype=torch.float32)  # one pass; it may overflow by itself
+        if not (torch.isfinite(total) or torch.isfinite(weight).all()):
+            bad.append(key)
+    if bad:
+        problem = f"{len(bad)} of {len(weights)} tensors hold NaN or infinite values"
+        advice = "its training diverged, or its files are damaged"
+        raise UserError(f"--model {name}: {problem}, the first is {bad[0]}; {advice}")
+
+
+def loading_problem(name: str, error: Exception) -> str:
+    """Why a model cannot be loaded, in words of ours where the library's would mislead."""
+    if "trust_remote_code" in str(error):
+        advice = "use a model whose architecture transformers has"
+        return f"needs code of its own (auto_map in its files), which is never run; {advice}"
+    if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):
+        advice = "which is never run; save them as safetensors"
+        return f"cannot be loaded: its weights are a pickle that may hold code, {advice}"
+    inside = Path(name, "final", "config.json")
+    advice = f"; the run's model is {inside.parent}" if inside.exists() else ""
+    return f"cannot be loaded ({type(error).__name__}: {str(error)[:300]}){advice}"
 
 
 def drop_extra_tokens(tokenizer) -> None:
@@ -192,13 +228,13 @@ def load_files(name: str, storage: torch.dtype):
     if options and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, folder, **options)
-    model, info = load(dtype=storage, output_loading_info=True)
+    model, info = load(dtype=storage, output_loading_info=True, **NO_CODE)
     refuse_tensors(name, model, info)
     model.base_dtype = torch.float32
     if options and getattr(model, "hf_quantizer", None):  # its weights are plain ones now
         model.hf_quantizer.remove_quantization_config(model)
     elif not options:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, **NO_CODE)
         model.base_dtype = config.dtype or config.get_text_config().dtype or torch.float32
     return model
 
@@ -246,15 +282,16 @@ def empty_model(name: str, storage: torch.dtype):
     ranks.shard fills them."""
     import transformers
 
+    while (Path(name) / ADAPTER).exists():
+        name = find_base(Path(name) / ADAPTER)[0]
     with torch.device("meta"):
         if name == "tiny":
             model = tiny_model()
         else:
-            while (Path(name) / ADAPTER).exists():
-                name = find_base(Path(name) / ADAPTER)[0]
             folder, options = find_model(name)
-            config = transformers.AutoConfig.from_pretrained(folder, **options)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=storage)
+            config = transformers.AutoConfig.from_pretrained(folder, **options, **NO_CODE)
+            make = transformers.AutoModelForCausalLM.from_config
+            model = make(config, dtype=storage, **NO_CODE)
     model.to_empty(device="cpu").tie_weights()
     cast(model.parameters(), storage)
     model.base_dtype = torch.float32
@@ -280,14 +317,19 @@ def load_model(name: str, device: torch.device, seed: int = 0, storage=torch.flo
             if name == "tiny":
                 tokenizer = tiny_tokenizer()
             else:
-                tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+                tokenizer = AutoTokenizer.from_pretrained(folder, **options, **NO_CODE)
             if options:
                 drop_extra_tokens(tokenizer)
     except UserError:
         raise
     except Exception as error:  # transformers raises many types, with messages of many lines
-        cause = f"{type(error).__name__}: {str(error)[:300]}"
-        raise UserError(f"--model {name}: cannot be loaded ({cause})") from None
+        raise UserError(f"--model {name}: {loading_problem(name, error)}") from None
+    if ranks.rank() == 0:  # the others' weights hold nothing yet
+        refuse_nan(name, model)
+    vocabulary = set(tokenizer.get_vocab().values())
+    if len(vocabulary - set(tokenizer.added_tokens_decoder)) < 2:  # what is built out of no file
+        problem = "holds no tokenizer that knows any text; is its tokenizer.json missing?"
+        raise UserError(f"--model {name}: {problem}")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         counts = f"the tokenizer has {len(tokenizer):,} tokens, the model embeds only {rows:,}"
@@ -305,10 +347,11 @@ def load_trainable(name: str, args: Namespace, device: torch.device | None = Non
     frozen_bf16 = args.lora_rank and args.dtype == "bf16"
     storage = torch.bfloat16 if frozen_bf16 else torch.float32
     model, tokenizer = load_model(name, torch.device("cpu"), args.seed, storage)
-    if args.lora_rank:
-        model = add_adapter(model, args)
-    if args.gradient_checkpointing:
-        enable_checkpointing(model)
+    with quiet_transformers():
+        if args.lora_rank:
+            model = add_adapter(model, args)
+        if args.gradient_checkpointing:
+            enable_checkpointing(model)
     model = model.to(device) if device else place(model)
     check_head(model)
     return model, tokenizer

@@ -39,7 +39,7 @@ from models import cast, causal_lm, lasting_name, model_fingerprint, trainable
 
 # ---- How a command ends --------------------------------------------------------------------------
 class Stopped(BaseException):
-    """A signal ends the command. number: which; after: what was saved."""
+    """A signal ends the command. number: which; after: what was saved, for the last line."""
 
     def __init__(self, number: int, after: str = ""):
         super().__init__(number)
@@ -69,9 +69,9 @@ def _run_command(main: Callable, argv: list[str] | None = None):
         return result
     except UserError as error:
         _exit(2, f"error: {error}")
-    except Stopped as stop:
-        after = f"{stop.after}; " if stop.after else ""
-        _exit(128 + stop.number, f"{_name(stop.number)}: stopped; {after}{_stop.advice}")
+    except (Stopped, KeyboardInterrupt) as stop:
+        number, after = getattr(stop, "number", signal.SIGINT), getattr(stop, "after", "")
+        _exit(128 + number, f"{signal.Signals(number).name}: stopped; {after}{_stop.advice}")
     except Exception as error:
         line = machine_trouble(error)
         if line is None:
@@ -93,10 +93,6 @@ def _exit(status: int, line: str):
     raise SystemExit(status) from None
 
 
-def _name(number: int) -> str:
-    return signal.Signals(number).name
-
-
 def _on_signal(number: int, frame) -> None:
     """The first signal lets a training loop finish its step, the second is the system's own."""
     for each in SIGNALS:
@@ -104,8 +100,10 @@ def _on_signal(number: int, frame) -> None:
     if not _stop.waits:
         raise Stopped(number)
     _stop.number = number
-    text = f"\n{_name(number)}: a checkpoint follows after this step; once more ends at once\n"
-    os.write(2, text.encode())  # print may be in the middle of a line
+    text = "a checkpoint follows after this step; once more ends at once"
+    os.write(
+        2, f"\n{signal.Signals(number).name}: {text}\n".encode()
+    )  # print may be in the middle of a line
 
 
 @contextlib.contextmanager
@@ -727,7 +725,7 @@ class Run:
         write_checkpoint(self.folder, state, model, optimizer)
         self._saved = time.monotonic()
         if _stop.number:
-            raise Stopped(_stop.number, f"checkpoint of step {done} in {self.folder}")
+            raise Stopped(_stop.number, f"checkpoint of step {done} in {self.folder}; ")
 
     def cost(self, *parts: str) -> dict[str, float]:
         """Seconds of these parts as multiples of the training's; total: with training itself."""

@@ -360,7 +360,7 @@ def reference_perplexities(model, stage: Stage, rows: np.ndarray, source: list, 
     conf = confidence(perplexity)
     manifest = {"fingerprint": run.config["data_fingerprint"], "rows": len(source)}
     manifest |= {"num_checkpoints": len(stage.points), "steps": stage.points}
-    manifest |= {"model": args.ref_model or args.model}
+    manifest |= {"model": args.ref_model or args.model, "lines": len(rows)}
     recipe = ("epochs", "max_steps", "lr", "batch_size", "seed")
     lines = [manifest | {flag: getattr(args, flag) for flag in recipe}]
     for i, values, value in zip(rows.tolist(), perplexity.T.tolist(), conf.tolist()):
@@ -376,25 +376,59 @@ def reference_perplexities(model, stage: Stage, rows: np.ndarray, source: list, 
     return everything
 
 
+def read_manifest(first: object, fingerprint: str, rows: int) -> dict:
+    """The first line of --confidence, checked, where this script wrote it; {} for other files.
+    Raises ValueError."""
+    if not isinstance(first, dict) or "fingerprint" not in first:
+        return {}
+    if first["fingerprint"] != fingerprint or first.get("rows") != rows:
+        made = f"{first.get('rows')} of fingerprint {str(first['fingerprint'])[:12]}"
+        here = f"this data: {rows} of {fingerprint[:12]}"
+        advice = "give the same --data, #N, --seed and --select"
+        raise ValueError(f"was computed for other rows ({made}, {here}); {advice}")
+    count = first.get("num_checkpoints")
+    if type(count) is not int or not 1 <= count <= 10_000:
+        raise ValueError(f"num_checkpoints is {count!r}, it must be at least 1")
+    return first
+
+
+def read_score(line: object, place: int, manifest: dict) -> tuple[object, list]:
+    """A line of --confidence -> index of its row, what stands for its perplexities (C,). place: of
+    the line among those of rows, from 0. Raises ValueError."""
+    count = manifest.get("num_checkpoints", 1)
+    form = f'"index" and "perplexity", a list of {count} numbers'
+    form = form if manifest else '"confidence", a number, and "index" or one line for each row'
+    if not isinstance(line, dict) or not {"perplexity" if manifest else "confidence"} <= set(line):
+        raise ValueError(f"expected an object with {form}")
+    values = line["perplexity"] if manifest else [line["confidence"]]
+    kinds = {type(value) for value in values} if isinstance(values, list) else {list}
+    if not kinds <= {int, float} or len(values) != count or not np.isfinite(values).all():
+        raise ValueError(f"expected {form}, all finite; found {str(values)[:60]}")
+    return line.get("index", None if manifest else place), values
+
+
 def read_confidence(path, fingerprint: str, rows: int) -> np.ndarray:
-    """-> perplexities (C, rows), nan where a row was not scored. Raises UserError for a damaged
-    file, or one that was computed on other rows."""
-    perplexity = None
-    for number, record in enumerate(data.read_jsonl(path, "--confidence"), 1):
-        try:
-            if perplexity is None and record["fingerprint"] != fingerprint:
-                made = f"{record['rows']:,} of fingerprint {record['fingerprint'][:12]}"
-                here = f"this data: {rows:,} of {fingerprint[:12]}"
-                advice = "give the same --data, #N, --seed and --select"
-                problem = f"was computed for other rows ({made}, {here}); {advice}"
-                raise UserError(f"--confidence {path}: {problem}")
-            if perplexity is None:
-                perplexity = np.full((record["num_checkpoints"], rows), np.nan)
-            else:
-                perplexity[:, record["index"]] = record["perplexity"]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            cause = f"{type(error).__name__}: {error}; expected a line that sftmix.py wrote"
-            raise UserError(f"--confidence {path}, row {number}: {cause}") from None
+    """--confidence FILE -> perplexities (C, rows), nan where a row was not scored: of a file that
+    this script wrote, whole and for these rows; or minus a user's own scores (1, rows),
+    {"confidence"} or {"index", "confidence"} a line, one for every row. Raises UserError."""
+    lines, number, seen = data.read_jsonl(path, "--confidence"), 1, set()
+    try:
+        manifest = read_manifest(lines[0], fingerprint, rows)
+        scores, expected = lines[1:] if manifest else lines, manifest.get("lines", rows)
+        perplexity = np.full((manifest.get("num_checkpoints", 1), rows), np.nan)
+        for place, line in enumerate(scores):
+            number = place + (2 if manifest else 1)
+            index, values = read_score(line, place, manifest)
+            if type(index) is not int or not 0 <= index < rows:
+                raise ValueError(f"index {index!r} is none of the data's rows, 0 to {rows - 1}")
+            if index in seen:
+                raise ValueError(f"index {index} stands there twice")
+            seen.add(index)
+            perplexity[:, index] = values if manifest else -values[0]
+        if len(seen) != expected and (not manifest or "lines" in manifest):
+            raise ValueError(f"the file ends after {len(seen)} of {expected} rows: it is cut off")
+    except (ValueError, OverflowError) as error:
+        raise UserError(f"--confidence {path}, row {number}: {error}") from None
     return perplexity
 
 
@@ -555,7 +589,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--ref_model", metavar="NAME",
         help="reference model, default a fresh instance of --model; any tokenizer (Table 3)")
     add("--confidence", metavar="FILE",
-        help="confidence.jsonl of another run on the same rows, instead of a reference")
+        help="instead of a reference: confidence.jsonl of another run on the same rows, or your "
+             'own scores, {"confidence": NUMBER} for each row in order, or with its "index"')
     add("--partition", choices=["confidence", "source", "random"], default="confidence",
         help="source: of two datasets the first takes the place of the confident half (Table 4); "
              "random: not in the paper")

@@ -69,7 +69,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("if len(meant) > 1:", "if len(meant) > 9:"),
         ("if not 0 <= int(answer) < count:", "if int(answer) >= count:"),
         ('if split == "eval" else ("train", "")', 'if split == "eval" else ("train", "", "test")'),
-        ("if spec and Path(spec).exists():", "if False:"),
+        ("if spec and os.path.exists(spec):", "if False:"),
         ("CLOCK.sub(lambda found: repr(day.strftime(found[2])), text)", "text"),
         ("return first or datetime.date.today()", "return datetime.date.today()"),
         ("min((at for at in places if at >= 0)", "max((at for at in places if at >= 0)"),
@@ -107,7 +107,8 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "{round(steps * c / (count + 1)) for c in range(1, count + 1)}",
         ),
         ("if done in stage.points:  # ----", "if step in stage.points:  # ----"),
-        ('perplexity[:, record["index"]] = ', "perplexity[:, number - 2] = "),
+        ("perplexity[:, index] = values", "perplexity[:, place] = values"),
+        ("else -values[0]", "else values[0]"),
         ("everything[:, rows] = perplexity", "everything[:, : len(rows)] = perplexity"),
         (
             "model = common.load_trainable(args.ref_model, args)[0]",
@@ -731,10 +732,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "value, relative = rules.get(domain.label, (0.02, True))",
         ),
         ('add("--updates", default="light"', 'add("--updates", default="none"'),
-        (
-            'type=common.positive_int, default=4, metavar="C"',
-            'type=common.positive_int, default=8, metavar="C"',
-        ),
+        ('type=common.few, default=4, metavar="C"', 'type=common.few, default=8, metavar="C"'),
         ('data_rng(seed, "probe", step, j)', 'data_rng(seed, "pass", j, step)'),
         (
             "first = sum(place[row.prompt] < cut for row in rows)",

@@ -37,11 +37,11 @@ CONFIDENT, UNCONFIDENT = set(MOST_CONFIDENT_FIRST[:6]), set(MOST_CONFIDENT_FIRST
 
 
 def write_confidence(path, file, perplexity):
-    """A confidence file by hand for the rows of `file`, the last row first."""
+    """A confidence file by hand for the rows of `file`, the last row first, nan ones missing."""
     count, rows = perplexity.shape
     fingerprint = data.fingerprint(data.load_data([file]))
     lines = [{"fingerprint": fingerprint, "rows": rows, "num_checkpoints": count}]
-    for i in reversed(range(rows)):
+    for i in reversed(np.flatnonzero(np.isfinite(perplexity).all(0)).tolist()):
         lines.append({"index": i, "perplexity": perplexity[:, i].tolist()})
     return to_jsonl(path, lines)
 
@@ -100,6 +100,8 @@ RECIPE = dict(
     log_every=10,
     eval_every=0,
     save_every=500,
+    save_minutes=15.0,
+    keep_checkpoint=False,
     track=None,
     alpha=0.5,
     mu=0.2,
@@ -117,11 +119,12 @@ RECIPE = dict(
 
 def test_the_papers_recipe():
     """§4.1, as it stands after parsing; a flag that is new belongs here, too."""
-    assert vars(sftmix.parse_args([])) == RECIPE
+    assert vars(sftmix.parse_args([])) == {**RECIPE, "given": {}}
     assert vars(sftmix.parse_args(["--max_steps", "7"])) == {
         **RECIPE,
         "max_steps": 7,
         "epochs": None,
+        "given": {"max_steps": 7},
     }
 
 
@@ -287,6 +290,57 @@ def test_an_odd_row_is_confident_and_alone(tmp_path, files):
     lone = [c for step in steps for c, u, _ in step.pairs if not u]
     assert len(lone) == 1
     assert set(lone) <= set(order[:6])
+
+
+OWN = [-value for value in sum(PERPLEXITY)]  # scores that rank as the mean perplexities do
+
+
+@pytest.mark.parametrize("form", ["in order", "by index"])
+def test_own_scores_are_confidences(tmp_path, files, form):
+    """--confidence with a user's own scores: the upper half is the confident one, whatever the
+    order of lines that say their index."""
+    lines = [{"confidence": value} for value in OWN]
+    if form == "by index":
+        lines = [{"note": "mine", "index": i, **line} for i, line in enumerate(lines)][::-1]
+    scores = to_jsonl(tmp_path / "own.jsonl", lines)
+    steps = run(tmp_path / "run", *files["plain"], "--confidence", scores, "--epochs", "1")
+    check_pairs(steps, CONFIDENT, UNCONFIDENT)
+
+
+def test_a_confidence_file_must_be_whole(tmp_path, files):
+    """What is cut off, doubled, foreign or no number is refused by its line."""
+    rows = files["plain"][files["plain"].index("--data") + 1]
+    fingerprint = data.fingerprint(data.load_data([rows]))
+    manifest = {"fingerprint": fingerprint, "rows": 12, "num_checkpoints": 2, "lines": 3}
+    own = [manifest] + [{"index": i, "perplexity": [2, 3.0 + i]} for i in (1, 0, 7)]
+    simple = [{"confidence": i} for i in range(12)]
+    cases = {
+        "row 3: the file ends after 2 of 3 rows": own[:3],
+        "row 5: index 0 stands there twice": [*own, own[2]],
+        "row 6: expected an object with": [*own[:4], {**own[1], "index": 5}, manifest],
+        "row 2: index 12 is none of the data's rows, 0 to 11": [manifest, {**own[1], "index": 12}],
+        "row 2: index True is none": [manifest, {**own[1], "index": True}],
+        "row 2: index None is none": [manifest, {"perplexity": [1, 2]}],
+        'row 2: expected "index" and "perplexity", a list of 2': [manifest, {"perplexity": [1]}],
+        "row 3: expected": [*own[:2], {"index": 0, "perplexity": [1, float("nan")]}],
+        "row 4: expected": [*own[:3], {"index": 0, "perplexity": [1, "2"]}],
+        "row 1: num_checkpoints is 0, it must be at least 1": [manifest | {"num_checkpoints": 0}],
+        "row 1: was computed for other rows": [manifest | {"fingerprint": "0"}, *own[1:]],
+        "row 1: was computed for other rows (13 of": [manifest | {"rows": 13}, *own[1:]],
+        "row 11: the file ends after 11 of 12 rows": simple[:11],
+        "row 13: index 12 is none": [*simple, simple[0]],
+        "row 1: expected an object with": [0.5] * 12,
+        "row 2: index 0 stands there twice": [{"index": 0, **line} for line in simple],
+        "row 12: expected": [*simple[:11], {"confidence": None}],
+    }
+    for message, lines in cases.items():
+        path = to_jsonl(tmp_path / "bad.jsonl", lines)
+        with pytest.raises(data.UserError) as error:
+            sftmix.read_confidence(path, fingerprint, 12)
+        assert f"--confidence {path}, {message}" in str(error.value)
+    whole = sftmix.read_confidence(to_jsonl(tmp_path / "own.jsonl", own), fingerprint, 12)
+    assert np.isfinite(whole).sum() == 6
+    assert whole[:, [0, 1, 7]].tolist() == [[2, 2, 2], [3, 4, 10]]
 
 
 def lambdas(steps):

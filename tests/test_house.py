@@ -13,6 +13,7 @@ FLOORS = [
     "ranks",
     "models",
     "runs",
+    "sandbox",
     "common",
     "plots",
     "baselines",
