@@ -337,7 +337,7 @@ def take_first_flags(args: Namespace, script: str, defaults: dict) -> None:
             change = f"--{name} was {first.get(name)!r} and is now {now!r}"
             raise UserError(f"--resume: {change}; give the flags of the first start, or none")
     known = named if anew else first
-    for name in vars(args).keys() & known.keys():
+    for name in vars(args).keys() & known.keys() - {"output_dir"}:  # the folder may have moved
         if name not in args.given or not (anew or name in free):
             setattr(args, name, known[name])
 

@@ -234,8 +234,11 @@ def test_resume_starts_a_run_where_there_is_none(tmp_path, whole):
 
 
 def test_resume_alone_takes_every_flag(cut, whole, capsys):
-    """... also those that the first start has derived; a wrong folder starts nothing."""
+    """... also those that the first start has derived, and in a folder that was moved; a wrong
+    folder starts nothing."""
+    cut = cut.rename(cut.with_name("moved"))
     sftmix.main(["--resume", str(cut)])
+    assert not cut.with_name("run").exists()
     assert records(cut) == records(whole)
     assert same(weights(cut), weights(whole))
     line = error_line(capsys, sftmix.main, ["--resume", str(cut / "nowhere")])
