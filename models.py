@@ -377,6 +377,8 @@ def add_adapter(model, args: Namespace):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = get_peft_model(model, config)
+    # a set, written in the order of a process's hashes: the same bytes after a resume
+    config.target_modules = sorted(config.target_modules)
     for parameter in trainable(model):
         parameter.data = parameter.data.float()
     return model

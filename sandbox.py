@@ -39,7 +39,7 @@ def run(source):
 os.write(os.dup(1), os.read(0, 32) + run(sys.stdin.buffer.read()))
 """
 # Arguments: folder, what Python needs, --, command. The new root lies over the folder. This shell
-# stays outside of it as process 1: when it ends, or unshare is killed, the kernel ends all others.
+# stays outside of it as process 1: when it ends, or what started it, the kernel ends all others.
 NEW_ROOT = """
 set -e
 umask 022
@@ -75,9 +75,9 @@ def python_needs() -> list[str]:
 def by_namespaces(folder: str, first: list[str], last: list[str]) -> list[str]:
     """util-linux's tools around a command; first: more of unshare, last: more of setpriv."""
     apart = [flag.replace("unshare-", "") for flag in [*APART, "--unshare-mount"]]
-    command = ["unshare", *first, *apart, "--fork", "--kill-child", "sh", "-c", NEW_ROOT, "sh"]
-    command += [folder, *python_needs(), "--", "setpriv", *last]
-    command += ["--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+    command = ["setpriv", "--pdeathsig", "KILL", "unshare", *first, *apart, "--fork"]
+    command += ["--kill-child", "sh", "-c", NEW_ROOT, "sh", folder, *python_needs(), "--"]
+    command += ["setpriv", *last, "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
     return [*command, "prlimit", f"--nproc={CODE_PROCESSES}"]
 
 

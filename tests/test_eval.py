@@ -556,6 +556,8 @@ def test_other_damaged_files_are_named(tmp_path, evaluated, capsys):
     path = folder / "predictions" / "tiny" / "copy.jsonl"
     path.write_bytes(path.read_bytes()[:-5])  # a complete file is not cut to whole lines
     assert "is cut after line 11" in fails(capsys, folder, *flags)
+    path.write_bytes((evaluated / "predictions" / "tiny" / "copy.jsonl").read_bytes() + b"{")
+    assert "is cut after line 12" in fails(capsys, folder, *flags)
 
 
 def test_one_process_writes_a_folder(tmp_path, evaluated, capsys):

@@ -5,6 +5,8 @@ import functools
 import os
 import resource
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -53,10 +55,10 @@ PROGRAMS = [
     ("print('noise'); import sys; sys.stderr.write('noise')", True),
     ("open('big', 'w').write('x' * 2 ** 24)", False),
     (f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {CHILD!r}])", True),
+    (HOLDS_THE_PIPE, True),
     (CLEAN, True),
 ]
 CONTAINED = [
-    (HOLDS_THE_PIPE, True),  # ended with the sandbox
     ("open('f', 'w').write('x' * 2 ** 20)\nassert len(open('f').read()) == 2 ** 20", True),
     ("for i in range(17): open(str(i), 'w').write('x' * 2 ** 20)", False),  # 16 MiB of disk
     ("import os; assert os.listdir(os.environ['HOME']) == [] and os.getcwd() != '/'", True),
@@ -128,6 +130,16 @@ def test_a_program_has_few_processes(box):
     assert not sandbox.run_program(program.format(70), box=box)
 
 
+def running(mark):
+    """Command lines of the machine's processes that hold mark."""
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # a process that has ended since
+            commands.append(path.read_bytes())
+    assert len(commands) > 1
+    return [line for line in commands if mark.encode() in line]
+
+
 @pytest.mark.parametrize("end", ["import time\ntime.sleep(0.5)", "while True: pass"])
 def test_nothing_of_a_program_is_left_running(box, end):
     mark = f"{os.getpid()}{time.time_ns()}"
@@ -137,12 +149,30 @@ def test_nothing_of_a_program_is_left_running(box, end):
     )
     sandbox.run_program(program + end, seconds=1, box=box)
     time.sleep(0.2)
-    commands = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # a process that has ended since
-            commands.append(path.read_bytes())
-    assert len(commands) > 1
-    assert not [line for line in commands if mark.encode() in line]
+    assert not running(mark)
+
+
+def test_a_program_ends_with_a_killed_command(box):
+    mark = f"{os.getpid()}{time.time_ns()}"
+    program = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', {!r}, {!r}])"
+    call = f"sandbox.run_program({program!r}.format({CHILD!r}, sys.stdin.read()), box=sandbox."
+    command = [sys.executable, "-c", f"import sandbox, sys; {call}{box.__name__})"]
+    root, pipe = Path(sandbox.__file__).parent, subprocess.PIPE
+    with subprocess.Popen(command, cwd=root, stdin=pipe) as process:
+        process.stdin.write(mark.encode())
+        process.stdin.close()
+        until(lambda: running(mark))
+        process.kill()
+    until(lambda: not running(mark))
+
+
+def until(condition):
+    """Wait for it, 8 s at most: less than the limit of a program."""
+    for _ in range(80):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come to be")
 
 
 def test_without_a_sandbox_code_is_refused(monkeypatch):
@@ -151,7 +181,13 @@ def test_without_a_sandbox_code_is_refused(monkeypatch):
     try:
         with pytest.raises(UserError, match="neither works here.*--allow_code unsafe"):
             sandbox.run_program("")
-        with pytest.raises(UserError, match="did not start"):
-            sandbox.run_program("", box=lambda folder: ["false"])
+        started = time.perf_counter()
+        for box in (
+            ["false"],
+            ["sh", "-c", "setsid sleep 5 & sleep 0.3; exit 1"],
+        ):  # the pipe stays open
+            with pytest.raises(UserError, match="did not start"):
+                sandbox.run_program("", box=lambda _, box=box: box)
+        assert time.perf_counter() - started < 4
     finally:
         sandbox.find_box.cache_clear()
