@@ -71,6 +71,8 @@ def _run_command(main: Callable, argv: list[str] | None = None):
         _exit(2, f"error: {error}")
     except (Stopped, KeyboardInterrupt) as stop:
         number, after = getattr(stop, "number", signal.SIGINT), getattr(stop, "after", "")
+        if ranks.rank():
+            raise SystemExit(128 + number) from None  # rank 0 says it
         _exit(128 + number, f"{signal.Signals(number).name}: stopped; {after}{_stop.advice}")
     except Exception as error:
         line = machine_trouble(error)
