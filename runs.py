@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -285,7 +286,9 @@ def load_shards(folder: str, model, optimizer) -> dict:
             parameter = parameter.detach()
             pair = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
             held["optimizer"][str(i)] = pair | {"step": torch.zeros(())}
-    dcp.load(held, checkpoint_id=folder, no_dist=not ranks.active())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process
+        dcp.load(held, checkpoint_id=folder, no_dist=not ranks.active())
     return held
 
 
