@@ -237,7 +237,8 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
         import datasets
 
         try:
-            local = datasets.DownloadManager().download(path)
+            with data.quiet_hub():
+                local = datasets.DownloadManager().download(path)
         except Exception as error:  # network and hub raise many types
             message = f"cannot load {path} from the Hugging Face hub: {cause(error)}"
             raise UserError(message) from None

@@ -12,9 +12,12 @@ import pickle
 import re
 import shlex
 import shutil
+import time
 import warnings
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -324,6 +327,12 @@ def models(folder, tokenizer):
     edited(copied("layers"), n_layer=3)
     edited(copied("heads"), n_head=5)
     (copied("card") / "cleansft.json").write_text("[1]")
+    adapter(folder / "pickled", base_model_name_or_path=str(whole))
+    (folder / "pickled" / "adapter_model.bin").write_bytes(pickle.dumps(Payload(folder / "ran")))
+    named = copied("remote_tokenizer") / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    named.write_text(json.dumps(own))
+    shutil.copy(folder / "remote" / "own.py", folder / "remote_tokenizer")
     adapter(folder / "orphan", base_model_name_or_path=str(folder / "gone"))
     adapter(folder / "nameless")
     adapter(folder / "itself", base_model_name_or_path=str(folder / "itself"))
@@ -500,6 +509,8 @@ cases("""
 * --model {vocabulary} | vocabulary:
 * --model {layers} | layers: 12 missing tensors for GPT2LMHeadModel
 * --model {heads} | heads: cannot be loaded
+* --model {pickled} | pickled: cannot be loaded: its weights are a pickle
+* --model {remote_tokenizer} | the tokenizer has no EOS token
 * --model {orphan} | adapter_config.json: its base | is not there
 * --model {nameless} | adapter_config.json: names no base
 * --model {itself} | itself:
@@ -742,3 +753,24 @@ def test_bad_input_is_one_line(tmp_path, places, capfd, monkeypatch, script, fla
         assert word in line
     assert len(line) < 1000
     assert not Path(places["ran"]).exists()
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model"])
+def test_a_hub_that_cannot_be_reached(tmp_path, places, capfd, monkeypatch, flag):
+    """Without HF_HUB_OFFLINE the libraries try several times, with a report of each."""
+    tries = []
+    monkeypatch.setattr(time, "sleep", tries.append)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    argv = [*command("sftmix", "", places), flag, "nobody/nothing"]
+    line = refused("sftmix", argv, tmp_path, capfd)
+    assert tries
+    assert "nobody/nothing" in line
+    assert "network" in line or "internet connection" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path, places, capfd):
+    argv = command("sftmix", "--data {locked.jsonl}", places)
+    assert "locked.jsonl: cannot be read" in refused("sftmix", argv, tmp_path, capfd)
