@@ -625,6 +625,8 @@ dynamics --reference test=1 | --reference test: is no constraint; constraints ar
 dynamics --reference test | --reference test: expected LABEL=NUMBER
 dynamics --reference test=low | --reference test=low: expected a level like 1.25
 dynamics --reference test=nan | --reference test=nan: expected a level
+dynamics --eval_data test={rows.jsonl} c=toy/copy --constraints c --reference c=9e999 | too large
+dynamics --eval_data test={rows.jsonl} c=toy/copy --constraints c --reference c=+9NINES% | too large
 dynamics --reference {no}.json | no.json: expected LABEL=NUMBER
 dynamics --reference {list.json} | list.json: expected LABEL=NUMBER
 dynamics --reference {null.json} | null.json: expected LABEL=NUMBER
@@ -774,3 +776,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path, places, capfd, monkeypatch, flag
 def test_a_file_without_permission(tmp_path, places, capfd):
     argv = command("sftmix", "--data {locked.jsonl}", places)
     assert "locked.jsonl: cannot be read" in refused("sftmix", argv, tmp_path, capfd)
+
+
+def test_a_card_that_is_none_of_ours_is_no_card(places):
+    assert common.read_card(places["card"]) == {}
