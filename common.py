@@ -154,12 +154,17 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         help="of data order, sampling and adapter init; data order ignores the model's RNG")
     add("--output_dir", metavar="DIR", help="default runs/<script>-<model>-<seed>-<time>")
     add("--resume", nargs="?", const=True, metavar="DIR",
-        help="continue the run in DIR (or in --output_dir), bit for bit on CPU")
+        help="continue the run in DIR (or in --output_dir) with its flags, bit for bit on CPU; "
+             "start one where there is none")
     add("--log_every", type=positive_int, default=10, help="steps between lines of metrics.jsonl")
     add("--eval_every", type=non_negative_int, default=0,
         help="steps between evaluations of --eval_data; 0 = only at the end")
     add("--save_every", type=non_negative_int, default=500,
         help="steps between checkpoints for --resume; 0 = none")
+    add("--save_minutes", type=non_negative_float, default=15.0, metavar="N",
+        help="a checkpoint at least that often, too; 0 = none")
+    add("--keep_checkpoint", action="store_true",
+        help="keep checkpoint/, 12 bytes a trained parameter, when the run is finished")
     add("--save_dtype", choices=["auto", *DTYPES], default="auto",
         help="of final/, whose evaluation ends the run; auto: the base's, of a .gguf file fp32")
     add("--track", choices=["tensorboard", "wandb"], help="log to a tracker too")
@@ -178,12 +183,12 @@ def setup(args: Namespace):
     Fills in what the flags leave open: dtype, template and the date it writes, max_length,
     lora_alpha, save_dtype. Raises UserError."""
     args.dtype = pick_dtype(args.dtype, pick_device())
+    if args.lora_rank and not args.lora_alpha:
+        args.lora_alpha = 2.0 * args.lora_rank
     model, tokenizer = load_trainable(args.model, args)
     describe_model(model, args.model, args.dtype)
     tokenizer = set_template(tokenizer, args)
     args.max_length = min(args.max_length or 2048, max_positions(model))
-    if args.lora_rank and not args.lora_alpha:
-        args.lora_alpha = 2.0 * args.lora_rank
     if args.save_dtype == "auto":
         names = {dtype: name for name, dtype in DTYPES.items()}
         args.save_dtype = names.get(causal_lm(model).base_dtype, "fp32")

@@ -485,6 +485,7 @@ def align(model, problem: Problem, interval: Interval, args, run) -> np.ndarray:
 
 
 # ---- The loop ------------------------------------------------------------------------------------
+@common.finish_step()
 def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     """Train with the mixture of each interval, from where the run's checkpoint stopped.
     -> {"steps", "examples", "tokens"}, the best feasible checkpoint {"step", "total", "losses"} or
@@ -497,7 +498,6 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed)
     eval_at = {*updates, steps, *common.every(args.eval_every, steps)}
-    save_at = common.every(args.save_every, steps)
     counts = {"steps": 0, "examples": 0, "tokens": 0}
     window = deque(maxlen=args.log_every)  # of each step: sum of the loss, tokens
     seen = np.zeros((2, len(labels)), np.int64)  # examples and response tokens drawn by dataset
@@ -549,7 +549,7 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
             others = common.by_label("mixture", labels, mixture)
             others |= common.shares(seen, sizes, labels)
             run.log_training("train", done, steps, current, others)
-        if done in save_at or (improved and done < steps):
+        if run.due(done, steps) or (improved and done < steps):
             state = {"counts": counts, "best": best, "last_update": last_update}
             state |= {"seen": seen, "mixture": mixture, "cursors": sampler.cursors}
             state |= {"window": list(window), "before": problem.before, "test": problem.test}
@@ -726,7 +726,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--eval_limit", type=common.positive_int,
         help="validation rows per domain, instead of --max_cost")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = common.parse_flags(parser, argv, "dynamics")
     if not (args.max_steps or args.epochs):
         args.max_steps = DEFAULT_STEPS
     if args.lora_rank is None:
@@ -932,6 +932,9 @@ def summarise(problem: Problem, best: dict | None) -> dict:
 @common.command_line
 def main(argv=None):
     args = parse_args(argv)
+    run = common.Run("dynamics", args)
+    if run.finished:
+        return
     datasets, eval_datasets = common.load_datasets(args)
     check_labels(args, datasets, eval_datasets)
     rules = parse_references(args.reference, args.constraints)
@@ -941,9 +944,7 @@ def main(argv=None):
     config = common.data_config(datasets, eval_datasets, sum(problem.examples, []))
     config |= {"update_steps": problem.updates, "validation_rows": problem.rows}
     config["domains"] = {d.label: {"role": d.role, "metric": d.metric} for d in problem.domains}
-    run = common.Run("dynamics", args, **config)
-    if run.finished:
-        return
+    run.open(**config)
     if args.show_batch:
         data.show_examples(sum(problem.examples, []), tokenizer)
     test_rows = [row for domain in problem.domains for row in domain.test_rows]

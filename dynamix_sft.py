@@ -239,6 +239,7 @@ def arm_rewards(
 
 
 # ---- The loop ------------------------------------------------------------------------------------
+@common.finish_step()
 def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, args, run):
     """Train model on the datasets arms {label: examples} for plan["steps"] optimizer steps, from
     where the run's checkpoint stopped.
@@ -254,7 +255,7 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
     if args.init == "proportional":
         values = proportional_values(proportions, args.beta)
     sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
-    eval_at, save_at = common.every(args.eval_every, steps), common.every(args.save_every, steps)
+    eval_at = common.every(args.eval_every, steps)
     update_at = common.every(args.update_every if args.sampling == "dynamix" else 0, steps)
     counts = dict.fromkeys(("steps", "examples", "tokens", "updates"), 0)
     window = deque(maxlen=args.log_every)  # of each step: sum of the loss, tokens
@@ -308,7 +309,7 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
                 mixture = sampling_probabilities(values, prior, args.beta, args.gamma)
             counts["updates"] += 1
             log_mixture(run, done, labels, mixture, values, rewards)
-        if done in save_at:
+        if run.due(done, steps):
             state = {"counts": counts, "window": list(window), "values": values, "seen": seen}
             state["cursors"] = sampler.cursors
             run.save_checkpoint(state, model, optimizer)
@@ -373,7 +374,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--reward_on", choices=["same", "fresh"], default="same",
         help="fresh: measure on other examples than those stepped on (not in the paper)")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = common.parse_flags(parser, argv, "dynamix_sft")
     if args.max_steps:
         args.epochs = None
     if args.init == "proportional" and (args.prior or not args.beta):
@@ -413,6 +414,9 @@ def print_mixture(rows: dict[str, dict]) -> None:
 @common.command_line
 def main(argv=None):
     args = parse_args(argv)
+    run = common.Run("dynamix_sft", args)
+    if run.finished:
+        return
     datasets, eval_datasets = common.load_datasets(args)
     model, tokenizer = common.setup(args)
     parts = data.encode_datasets(datasets, tokenizer, args.max_length)
@@ -420,9 +424,7 @@ def main(argv=None):
     eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
     common.check_gradients(model, parts[0][0], args.dtype)
     config = common.data_config(datasets, eval_datasets, sum(parts, []))
-    run = common.Run("dynamix_sft", args, **config)
-    if run.finished:
-        return
+    run.open(**config)
     if args.show_batch:
         data.show_examples(sum(parts, []), tokenizer)
     plan = make_plan(arms, args)

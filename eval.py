@@ -19,7 +19,6 @@ Shapes: n rows of a task, c options of a question, M models, S bootstrap samples
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import functools
 import gc
 import hashlib
@@ -31,12 +30,9 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from argparse import Namespace
 from collections.abc import Callable
@@ -53,7 +49,10 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import runs
+import sandbox
 from data import HubSource, UserError
+from sandbox import run_program
 
 VERSION = 2  # of prompts and prediction lines: predictions of another version are refused
 SAMPLES = 2000  # of the bootstrap
@@ -162,32 +161,96 @@ class Model:
         return digest([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])
 
 
+# by kind of task: what tells its lines apart, and what a line holds unless it says "skipped"
+LINES = {
+    "domain": (["index"], {"nll": float, "tokens": int, "correct": int}),
+    "choice": (["round", "index"], {"correct": int, "shots": int}),
+    "mc2": (["round", "index"], {"mc2": float, "shots": int}),
+    "lm_eval": (["task", "index", "filter"], {"task": str, "metrics": dict}),
+    "chat": (["question_id"], {"answers": list, "prompt_cut": bool, "tstamp": float}),
+    "judge": (["key"], {"key": str, "turn": int, "round": int, "score": float | None}),
+}
+
+
 class Predictions:
     """predictions/<model>/<task>.jsonl, one line a prediction. It grows under the name .part, whole
     lines only, and is renamed once complete: an interrupted command goes on after the last line.
-    grows: never complete, so never under another name."""
+    A file is believed only where its lines are the task's.
 
-    def __init__(self, path: Path, grows: bool = False):
-        self.path, self.complete = path, path.exists()
+    expected: the keys of all lines, None where they are not known; known: of those that are there.
+    Judgements are never complete, so they are never under another name. Raises UserError."""
+
+    def __init__(self, path: Path, kind: str, expected: list[str] | None = None):
+        grows = kind == "judge"
+        self.path, self.complete = path, path.exists() and not grows
         self.part = path if grows else path.with_name(path.name + ".part")
+        self.names, self.holds = LINES[kind]
+        self.rows, self.known = [], set()
         file = path if self.complete else self.part
-        data = file.read_bytes() if file.exists() else b""
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            os.truncate(file, whole)  # killed in the middle of a line
-        lines = data[:whole].decode("utf-8").split("\n")
-        self.rows = [json.loads(line) for line in lines if line]
+        *lines, rest = (file.read_bytes() if file.exists() else b"").split(b"\n")
+        keys = None if expected is None else set(expected)
+        remedy = "delete this line" if grows else "delete the file: the same command makes it again"
+        for number, line in enumerate(lines, 1):
+            problem = self._take(line, keys)
+            if problem:
+                raise UserError(f"{file}, line {number}: {problem}; {remedy}")
+        if self.complete and (rest or len(lines) < len(keys or ())):
+            raise UserError(f"{file}: is cut after line {len(lines)}; {remedy}")
+        if rest:
+            os.truncate(file, file.stat().st_size - len(rest))  # killed in the middle of a line
+
+    def _take(self, line: bytes, keys: set[str] | None) -> str:
+        """Add a line of the file -> "", or what is wrong with it."""
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return "is no JSON"
+        key = self.key(row) if isinstance(row, dict) else ""
+        if not key or (keys is not None and key not in keys):
+            return "is no row of this task"
+        if key in self.known:
+            return "is a row that an earlier line holds"
+        bad = [name for name, kind in self.holds.items() if not isinstance(row.get(name), kind)]
+        if bad and not isinstance(row.get("skipped"), str):
+            return f"has no good {bad[0]!r}"
+        self.rows.append(row)
+        self.known.add(key)
+        return ""
+
+    def key(self, row: dict) -> str:
+        return line_key(*(row.get(name) for name in self.names))
 
     def add(self, rows: list[dict]) -> None:
+        """Append those that are not there yet."""
+        rows = [row for row in rows if self.key(row) not in self.known]
         self.part.parent.mkdir(parents=True, exist_ok=True)
         with open(self.part, "ab") as stream:
             stream.write(json_lines(rows).encode("utf-8", "replace"))
         self.rows += rows
+        self.known.update(map(self.key, rows))
 
     def finish(self) -> None:
         if not self.part.exists():
             self.add([])
         os.replace(self.part, self.path)
+
+
+def line_key(*values) -> str:
+    return json.dumps(values, default=str)
+
+
+def open_predictions(task: Task, path: Path) -> Predictions:
+    """A task's predictions, as far as they are there. Raises UserError for others."""
+    if task.kind == "lm_eval":  # its lines are written at once, at the end
+        path.with_name(path.name + ".part").unlink(missing_ok=True)
+        return Predictions(path, "lm_eval")
+    if task.kind == "chat":
+        return Predictions(path, "chat", [line_key(row["question_id"]) for row in task.rows])
+    if task.kind == "domain":
+        return Predictions(path, "domain", [line_key(i) for i in range(len(task.rows))])
+    rounds = range(len(task.shots))
+    keys = [line_key(number, question.index) for number in rounds for question in task.rows]
+    return Predictions(path, "mc2" if task.name == "truthfulqa_mc2" else "choice", keys)
 
 
 def json_lines(rows: list[dict]) -> str:
@@ -199,7 +262,15 @@ def write_json(path: Path, value: dict | list) -> None:
 
 
 def read_json(path: Path, missing: dict) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else missing
+    """A JSON file of ours that holds missing's keys; missing where there is no file. Raises
+    UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else missing
+        if isinstance(value, dict) and all(isinstance(value[key], dict) for key in missing):
+            return value
+    except (ValueError, RecursionError, KeyError):
+        pass
+    raise UserError(f"{path}: is damaged; choose another --output_dir, or delete this one")
 
 
 def digest(value: object) -> str:
@@ -260,10 +331,13 @@ def hold_out(items: list, count: int, rng: np.random.Generator) -> tuple[list, l
     return stay, [item for i, item in enumerate(items) if i in drawn]
 
 
-def blocks(items: list, size: int, title: str) -> tqdm:
-    """Items in lists of `size`, under a progress bar."""
-    parts = [items[at : at + size] for at in range(0, len(items), size)]
-    return tqdm(parts, desc=title, leave=False)
+def blocks(store: Predictions, items: list, keys: list[str], size: int, title: str) -> tqdm:
+    """Items in lists of `size` of which store lacks a line, under a progress bar. keys: of the
+    items' lines. Lists are cut at fixed places and are computed whole: what is batched together,
+    and so the last digit, does not depend on where an earlier command stopped."""
+    starts = range(0, len(items), size)
+    left = [at for at in starts if not store.known.issuperset(keys[at : at + size])]
+    return tqdm([items[at : at + size] for at in left], desc=title, leave=False)
 
 
 def shared_settings(args: Namespace, data: str, **own) -> dict:
@@ -277,8 +351,10 @@ def open_folder(folder: Path, models: list[Model], tasks: list[Task]) -> None:
     path, other = folder / "manifest.json", "choose another --output_dir"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder}: is a file")
-    if folder.exists() and not path.exists() and any(folder.iterdir()):
-        raise UserError(f"--output_dir {folder}: holds other files than eval.py's; {other}")
+    if folder.exists():
+        if not path.exists() and {entry.name for entry in folder.iterdir()} - {".lock"}:
+            raise UserError(f"--output_dir {folder}: holds other files than eval.py's; {other}")
+        runs.lock(folder)
     manifest = read_json(path, {"models": {}, "tasks": {}})
     for model in models:
         entry = {"name": model.name, "fingerprint": model.fingerprint}
@@ -295,8 +371,10 @@ def open_folder(folder: Path, models: list[Model], tasks: list[Task]) -> None:
                 raise UserError(f"{folder}: {made}, {now} or {other}")
     if not folder.exists():
         models[0].load()  # one that cannot be loaded leaves no folder behind
-    folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.lock(folder)
     write_json(path, manifest)
+    runs.when_stopped(f"the same command with --output_dir {folder} goes on from here")
     print(f"run   {folder}: {len(models)} models, {len(tasks)} tasks")
 
 
@@ -308,9 +386,9 @@ def run_domain(model: Model, task: Task, store: Predictions, args: Namespace) ->
     rows = [data.Dataset(task.name, task.rows)]
     encoded = data.encode_datasets(rows, tokenizer, length)[0]
     examples = {example.row: example for example in encoded}
-    done = {row["index"] for row in store.rows}
-    left = [i for i in range(len(task.rows)) if i not in done]
-    for block in blocks(left, BLOCK, task.name):
+    indices = list(range(len(task.rows)))
+    keys = [line_key(i) for i in indices]
+    for block in blocks(store, indices, keys, BLOCK, task.name):
         kept = [i for i in block if i in examples]
         chosen = [examples[i] for i in kept]
         scores = common.score(lm, chosen, args.batch_size, args.dtype)
@@ -517,9 +595,9 @@ def run_choice(model: Model, task: Task, store: Predictions, args: Namespace) ->
     lm, tokenizer = model.load()[0], model.template("plain" if auto else args.template)
     how, length = CHOICE_TASKS[task.name], min(args.max_length or 4096, common.max_positions(lm))
     for number, shots in enumerate(task.shots):
-        done = {row["index"] for row in store.rows if row["round"] == number}
-        left = [question for question in task.rows if question.index not in done]
-        for block in blocks(left, BLOCK, f"{task.name} round {number + 1}/{len(task.shots)}"):
+        keys = [line_key(number, question.index) for question in task.rows]
+        title = f"{task.name} round {number + 1}/{len(task.shots)}"
+        for block in blocks(store, task.rows, keys, BLOCK, title):
             encoded = encode_questions(how, block, shots, tokenizer, length)
             examples = [examples for examples, _ in encoded.values()]
             scores = option_scores(lm, examples, args.batch_size, args.dtype)
@@ -558,7 +636,7 @@ def summarise_choice(task: Task, rows: list[dict]) -> tuple[dict, dict]:
 # DynamixSFT's ten benchmarks, by their names in lm-eval 0.4.13; it has no PopQA (see POPQA)
 DYNAMIXSFT = ["mmlu", "lm_eval/truthfulqa_mc2", "popqa", "bbh", "drop", "humaneval"]
 DYNAMIXSFT += ["humaneval_plus", "gsm8k", "minerva_math", "ifeval"]
-RUNS_CODE = ("humaneval", "mbpp")  # prefixes; lm-eval itself refuses others without --allow_code
+RUNS_CODE = ("humaneval", "mbpp")  # prefixes of tasks whose code runs by CodeEval
 LOCAL = {  # tasks that take =FILE: shots of their definition, and the columns it reads
     "gsm8k": (5, {"question", "answer"}),
     "humaneval": (0, {"prompt", "test", "entry_point"}),
@@ -566,49 +644,18 @@ LOCAL = {  # tasks that take =FILE: shots of their definition, and the columns i
     "ifeval": (0, {"key", "prompt", "instruction_id_list", "kwargs"}),
     "popqa": (15, {"question", "obj", "possible_answers"}),
 }
-CODE_SECONDS, CODE_BYTES = 10, 4 * 2**30  # limits of one generated program
-LIMITED = """
-import os, resource, sys
-seconds, size, token = int(sys.argv[1]), int(sys.argv[2]), sys.stdin.read()
-for name, most in ("CPU", seconds), ("AS", size), ("FSIZE", 2 ** 20), ("CORE", 0):
-    resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-report, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-os.dup2(null, 1)
-os.dup2(null, 2)
-program = open("program.py", encoding="utf-8").read()
-exec(compile(program, "program.py", "exec"), {"__name__": "__main__"})
-os.write(report, token.encode())
-"""
-
-
-def run_program(source: str, seconds: int = CODE_SECONDS, memory: int = CODE_BYTES) -> bool:
-    """Run generated Python in a process of its own: empty folder and environment, limits on time,
-    memory and file size, killed with its children. True only if it ran to its end (an early exit(0)
-    does not pass). No jail: it can read files and open connections, so use a container."""
-    token, pipe = os.urandom(16).hex().encode(), subprocess.PIPE
-    command = [sys.executable, "-I", "-c", LIMITED, str(seconds), str(memory)]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "program.py").write_text(source, encoding="utf-8", errors="replace")
-        own = {"cwd": folder, "env": {"HOME": folder}, "start_new_session": True}
-        streams = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen(command, **own, **streams)
-        try:
-            return process.communicate(token, timeout=seconds + 1)[0] == token
-        except subprocess.TimeoutExpired:
-            return False
-        finally:
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate(timeout=1)  # a grandchild in its own session may hold the pipe
 
 
 class CodeEval:
     """In place of the hub's code_eval, which lm-eval's code tasks load: the same by run_program."""
 
+    box = None  # as run_program has it; the class's, since lm-eval keeps the first object it loads
+
     def compute(self, references: list[str], predictions: list[list[str]], k=(1,), **_) -> tuple:
         passed = []
         for test, candidates in zip(references, predictions):
-            passed.append([run_program(f"{candidate}\n{test}") for candidate in candidates])
+            programs = [f"{candidate}\n{test}" for candidate in candidates]
+            passed.append([run_program(program, box=CodeEval.box) for program in programs])
         values = {}
         for n in (n for n in k if n <= min(map(len, passed))):
             rates = [pass_at_k(len(row), sum(row), n) for row in passed]
@@ -660,7 +707,9 @@ def prepare_lm_eval(name: str, source: str, args: Namespace) -> Task:
         own = f"neither one of eval.py's ({', '.join([*CHOICE_TASKS, *CHAT_TASKS])})"
         raise UserError(f"--tasks {task}: {own} nor of lm-eval's; near are {near}")
     if task.startswith(RUNS_CODE) and not args.allow_code:
-        raise UserError(f"{task}: runs the model's code; add --allow_code, best in a container")
+        raise UserError(f"{task}: runs the model's code; add --allow_code, which uses a sandbox")
+    if task.startswith(RUNS_CODE) and args.allow_code == "sandbox":
+        sandbox.find_box()
     if task == "ifeval":
         check_punkt()
     local = local_rows(task, source, args) if source else {}
@@ -739,7 +788,10 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     how = {"num_fewshot": args.shots, "limit": args.limit, "task_manager": task_manager()}
     how |= {"use_cache": str(cache), "bootstrap_iters": 0}
     how["apply_chat_template"] = chat
-    how["confirm_run_unsafe_code"] = args.allow_code
+    CodeEval.box = sandbox.unsafe if args.allow_code == "unsafe" else None
+    # what would run code around CodeEval is refused by lm-eval
+    safe = task.extra["task"].startswith(RUNS_CODE)
+    how["confirm_run_unsafe_code"] = safe or args.allow_code == "unsafe"
     try:
         with mock.patch("evaluate.load", load_metric):
             wrapped = HFLM(lm, **lm_how)
@@ -748,9 +800,6 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     except Exception as error:  # its loaders and scorers raise many types
         raise UserError(f"{task.name}: lm-eval failed ({cause(error)})") from error
     kept = ("results", "versions", "n-shot", "configs")
-    write_json(Path(f"{cache}.json"), {key: output[key] for key in kept if key in output})
-    store.part.unlink(missing_ok=True)
-    store.rows = []
     lines = []
     for part, samples in output["samples"].items():  # the parts of a group like mmlu
         for sample in samples:
@@ -759,6 +808,8 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
             line |= {"responses": sample["resps"], "filtered": sample["filtered_resps"]}
             line["metrics"] = {key: sample[key] for key in sample["metrics"]}
             lines.append(line)
+    about = {key: output[key] for key in kept if key in output}
+    write_json(Path(f"{cache}.json"), {**about, "lines": len(lines)})
     store.add(lines)
 
 
@@ -859,9 +910,8 @@ def run_chat(model: Model, task: Task, store: Predictions, args: Namespace) -> N
     """Answer every question, all of its turns with the history carried, a line a question."""
     lm, tokenizer = model.load()[0], model.template("auto")
     template = data.Template(tokenizer)
-    done = {row["question_id"] for row in store.rows}
-    left = [question for question in task.rows if question["question_id"] not in done]
-    for batch in blocks(left, args.batch_size, task.name):
+    keys = [line_key(question["question_id"]) for question in task.rows]
+    for batch in blocks(store, task.rows, keys, args.batch_size, task.name):
         history, cut = [[] for _ in batch], [False] * len(batch)
         for turn in range(max(len(question["turns"]) for question in batch)):
             asked = [i for i, question in enumerate(batch) if turn < len(question["turns"])]
@@ -941,6 +991,49 @@ def parse_score(text: str) -> float | None:
     return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: following it would carry the key to another host."""
+
+    def http_error_302(self, *_) -> None:
+        """Left to the handler that raises HTTPError."""
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+
+OPENER = urllib.request.build_opener(NoRedirect)
+
+
+def redirected(url: str, error: urllib.error.HTTPError) -> str:
+    """What a redirect says, without the address that it names: that may hold secrets."""
+    try:
+        target = urllib.parse.urljoin(url, error.headers.get("Location") or "")
+        host = urllib.parse.urlsplit(target).hostname
+    except ValueError:
+        host = "an odd address"
+    return (
+        f"HTTP {error.code} redirects to {host}, not followed; set OPENAI_BASE_URL to the address"
+    )
+
+
+def judge_url(base_url: str, key: str | None) -> tuple[str, str]:
+    """$OPENAI_BASE_URL and $OPENAI_API_KEY -> where to ask, and its host for messages. Raises
+    UserError, which shows neither."""
+    if key and not re.fullmatch("[!-~]+", key):
+        raise UserError("OPENAI_API_KEY: holds a space, a line break or a letter beyond ASCII")
+    try:
+        parts = urllib.parse.urlsplit(base_url)
+        host = parts.hostname if parts.port is None else f"{parts.hostname}:{parts.port}"
+    except ValueError:  # a port that is none
+        host = None
+    known = host and parts.hostname and parts.scheme in ("http", "https")
+    if not known or not re.fullmatch("[!-~]+", base_url):
+        raise UserError("OPENAI_BASE_URL: is no http:// or https:// address of a server")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        more = "a user, a password or what follows ? or #"
+        raise UserError(f"OPENAI_BASE_URL: holds {more}; give the key as OPENAI_API_KEY")
+    return f"{base_url.rstrip('/')}/chat/completions", host
+
+
 def ask(
     judge: str, messages: list, base_url: str, key: str | None, sleep: Callable = time.sleep
 ) -> str:
@@ -950,7 +1043,8 @@ def ask(
     server names (Retry-After) or a doubling one. Raises UserError where that does not help or the
     request itself is refused.
     """
-    where, url = f"--judge {judge} at {base_url}", f"{base_url.rstrip('/')}/chat/completions"
+    url, host = judge_url(base_url, key)
+    where = f"--judge {judge} at {host}"
     body = json.dumps({"model": judge, "messages": messages, "temperature": 0}).encode()
     headers = {"Content-Type": "application/json"}
     headers |= {"Authorization": f"Bearer {key}"} if key else {}
@@ -958,13 +1052,15 @@ def ask(
         wait = FIRST_WAIT * 2**attempt
         try:
             request = urllib.request.Request(url, body, headers)
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            with OPENER.open(request, timeout=TIMEOUT) as reply:
                 value = json.loads(reply.read().decode("utf-8"))
             text = value["choices"][0]["message"]["content"]
             if isinstance(text, str) and text.strip():
                 return text
             problem = "an empty answer"
         except urllib.error.HTTPError as error:
+            if 300 <= error.code < 400:
+                raise UserError(f"{where}: {redirected(url, error)}") from None
             message = error.read(300).decode("utf-8", "replace")
             problem = f"HTTP {error.code}: {' '.join(message.split())}"
             if error.code < 500 and error.code not in (408, 409, 425, 429):
@@ -989,12 +1085,17 @@ def retry_after(value: str | None, default: float) -> float:
         return default
 
 
+def judge_access() -> tuple[str, str | None]:
+    """-> base URL and key, from the environment."""
+    base_url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+    return base_url, os.environ.get("OPENAI_API_KEY")
+
+
 def grade(judge: str, line: dict, messages: list[dict]) -> dict:
     """-> line with a judgement. One without a score is asked for once more, then counted as
     unscored (None)."""
-    base_url = os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     for _ in range(2):
-        text = ask(judge, messages, base_url, os.environ.get("OPENAI_API_KEY"))
+        text = ask(judge, messages, *judge_access())
         score = parse_score(text)
         if score is not None:
             break
@@ -1005,10 +1106,10 @@ def judge_answers(model: Model, task: Task, rows: list[dict], args: Namespace) -
     """Grade every answer in every round -> the judgements of these answers. They are appended to
     judgements/<judge>/<model>.jsonl as they come; none is asked for twice."""
     folder, saved = args.output_dir / "judgements" / safe_name(args.judge), set()
-    store = Predictions(folder / f"{model.label}.jsonl", grows=True)
+    store = Predictions(folder / f"{model.label}.jsonl", "judge")
     questions = {question["question_id"]: question for question in task.rows}
     turns = [(row, turn) for row in rows for turn in range(len(row["answers"]))]
-    known, jobs = {line["key"] for line in store.rows}, {}
+    jobs = {}
     for row, turn in turns:
         name = row["question_id"]
         messages = judge_messages(questions[name], row["answers"], turn)
@@ -1017,7 +1118,11 @@ def judge_answers(model: Model, task: Task, rows: list[dict], args: Namespace) -
             line = {"key": key, "question_id": name, "category": row["category"], "turn": turn}
             jobs[key] = {**line, "round": i}, messages
     pool = concurrent.futures.ThreadPoolExecutor(JUDGE_THREADS)
-    futures = [pool.submit(grade, args.judge, *jobs[key]) for key in jobs if key not in known]
+    futures = [
+        pool.submit(grade, args.judge, *jobs[key])
+        for key in jobs
+        if line_key(key) not in store.known
+    ]
     bar = {"total": len(futures), "desc": f"judge {model.label}", "leave": False}
     try:
         for future in tqdm(concurrent.futures.as_completed(futures), **bar):
@@ -1135,8 +1240,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="only the first N rows of every task and domain, for trying out; default all")
     add("--judge", metavar="MODEL",
         help="grade mt_bench by this model at $OPENAI_BASE_URL, key $OPENAI_API_KEY; default none")
-    add("--allow_code", action="store_true",
-        help="let humaneval and the like run code that the model writes, in limits; default no")
+    add("--allow_code", nargs="?", const="sandbox", choices=["sandbox", "unsafe"],
+        help="humaneval and mbpp run the model's code in a sandbox (bwrap or unshare); unsafe: "
+             "without one; default: refuse")
     add = parser.add_argument_group("how").add_argument
     add("--template", default="auto", metavar="NAME",
         help="alpaca, plain, chat, a Jinja file; auto (default): plain for choices and lm-eval, "
@@ -1184,25 +1290,30 @@ def prepare(args: Namespace) -> list[Task]:
         raise UserError("--judge grades mt_bench, which is not among the --tasks")
     if args.judge and not (os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")):
         raise UserError("--judge: set OPENAI_API_KEY, or OPENAI_BASE_URL of a keyless server")
+    if args.judge:
+        judge_url(*judge_access())
     return tasks
 
 
 def evaluate_model(model: Model, tasks: list[Task], args: Namespace) -> tuple[dict, dict]:
     """All tasks of one model -> {task: metrics} and {task: what summarise_domain gives by row}."""
-    runs = {"domain": run_domain, "choice": run_choice, "lm_eval": run_lm_eval, "chat": run_chat}
+    run = {"domain": run_domain, "choice": run_choice, "lm_eval": run_lm_eval, "chat": run_chat}
     results, by_row, folder = {}, {}, args.output_dir
     for task in tasks:
         file = f"{model.label}/{safe_name(task.name)}.json"
-        store = Predictions(folder / "predictions" / f"{file}l")
+        store = open_predictions(task, folder / "predictions" / f"{file}l")
         if not store.complete:
-            runs[task.kind](model, task, store, args)
+            run[task.kind](model, task, store, args)
             store.finish()
         if task.kind == "domain":
             summary = summarise_domain(task, store.rows)
         elif task.kind == "choice":
             summary = summarise_choice(task, store.rows)
         elif task.kind == "lm_eval":
-            output = read_json(folder / "lm_eval" / file, {})
+            output = read_json(folder / "lm_eval" / file, {"results": {}})
+            if output.get("lines", len(store.rows)) != len(store.rows):
+                problem = f"is cut: {len(store.rows)} of {output['lines']} lines"
+                raise UserError(f"{store.path}: {problem}; delete the file")
             summary = summarise_lm_eval(task, store.rows, output["results"])
         else:
             export_chat(model, task, store.rows, folder)
@@ -1240,10 +1351,6 @@ def main(argv: list[str] | None = None) -> None:
         if new and not any(folder.glob("*/*")):
             shutil.rmtree(folder)  # nothing was done in it
         raise
-    except KeyboardInterrupt:
-        go_on = f"the same command with --output_dir {folder} goes on from here"
-        print(f"\ninterrupted: {go_on}", file=sys.stderr)
-        raise SystemExit(130) from None
     add_intervals(results, by_row, names[0], args.seed)
     path = folder / "results.json"
     whole = read_json(path, {})

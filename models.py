@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import hashlib
 import importlib.util
 import json
 import os
@@ -99,6 +100,29 @@ def find_model(name: str) -> tuple[str, dict]:
 def lasting_name(name: str) -> str:
     """A model's name as it holds in any working directory: paths are absolute."""
     return os.path.abspath(name) if name != "tiny" and Path(name).exists() else name
+
+
+def model_fingerprint(name: str) -> str:
+    """sha256 of a model's files, of a large one 64 pieces evenly spread over it: a model that was
+    trained again is another one, a copy of its folder is not. An adapter's base counts. Of a hub id
+    the commit that is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    path = Path(name)
+    if name == "tiny" or not path.exists():
+        cached = name.count("/") < 2 and try_to_load_from_cache(name, "config.json")
+        return f"{name} {Path(cached).parent.name}" if isinstance(cached, str) else name
+    digest = hashlib.sha256()
+    for file in sorted(file for file in [path, *path.glob("[!.]*")] if file.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as stream:
+            for at in range(0, size, max(2**16, size // 64)):
+                stream.seek(at)
+                digest.update(stream.read(2**16))
+    if (path / ADAPTER).exists():
+        digest.update(model_fingerprint(find_base(path / ADAPTER)[0]).encode())
+    return digest.hexdigest()
 
 
 def find_base(adapter: Path) -> tuple[str, int]:
@@ -316,12 +340,14 @@ def add_adapter(model, args: Namespace):
     from transformers.pytorch_utils import Conv1D
 
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2
-    scale = {"r": args.lora_rank, "lora_alpha": args.lora_alpha or 2 * args.lora_rank}
+    scale = {"r": args.lora_rank, "lora_alpha": float(args.lora_alpha or 2 * args.lora_rank)}
     where = {"target_modules": "all-linear", "fan_in_fan_out": transposed}
     config = LoraConfig(task_type="CAUSAL_LM", lora_dropout=args.lora_dropout, **scale, **where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = get_peft_model(model, config)
+    # a set, written in the order of a process's hashes: the same bytes after a resume
+    config.target_modules = sorted(config.target_modules)
     for parameter in trainable(model):
         parameter.data = parameter.data.float()
     return model

@@ -1,22 +1,28 @@
 """A run's folder: what is written there, how a run is stopped and how it goes on.
 
-Sections: how a command ends · files · state of a model · trackers · the run folder"""
+Sections: how a command ends · files · state of a model · flags of a resumed run · trackers ·
+checkpoints · the run folder. What is promised: docs/reliability.md."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import functools
+import hashlib
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
+import secrets
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -27,27 +33,115 @@ from tqdm import tqdm
 
 import data
 from data import UserError
-from models import cast, causal_lm, lasting_name, trainable
+from models import cast, causal_lm, lasting_name, model_fingerprint, trainable
 
 
 # ---- How a command ends --------------------------------------------------------------------------
+class Stopped(BaseException):
+    """A signal ends the command. number: which; after: what was saved, for the last line."""
+
+    def __init__(self, number: int, after: str = ""):
+        super().__init__(number)
+        self.number, self.after = number, after
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# waits: a training loop runs, which stops after its step; number: the signal that asked it to;
+# advice: how to go on
+_stop = Namespace(waits=False, number=None, advice="nothing was written")
+
+
 def command_line(main: Callable) -> Callable:
-    """Decorator of `main(argv=None)`: a UserError becomes one line on stderr and exit status 2."""
+    """Decorator of `main(argv=None)`: what the user, a signal or the machine is the cause of ends
+    in one line on stderr. Exit status 2, and 128 + its number after a signal."""
     return functools.wraps(main)(functools.partial(_run_command, main))
 
 
 def _run_command(main: Callable, argv: list[str] | None = None):
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        handlers = {number: signal.signal(number, _on_signal) for number in SIGNALS}
     try:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             problem = "several processes are not supported yet"
             raise UserError(f"WORLD_SIZE: {problem}; start the script with plain python")
         return main(argv)
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("\ninterrupted: continue with --resume and the run folder", file=sys.stderr)
-        raise SystemExit(130) from None
+        _exit(2, f"error: {error}")
+    except (Stopped, KeyboardInterrupt) as stop:
+        number, after = getattr(stop, "number", signal.SIGINT), getattr(stop, "after", "")
+        _exit(128 + number, f"{signal.Signals(number).name}: stopped; {after}{_stop.advice}")
+    except Exception as error:
+        line = machine_trouble(error)
+        if line is None:
+            raise  # a mistake of ours
+        _exit(2, f"error: {line}")
+    finally:
+        _stop.waits, _stop.number, _stop.advice = False, None, "nothing was written"
+        release_locks()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _exit(status: int, line: str):
+    for bar in list(tqdm._instances):
+        bar.close()  # the line is the last one
+    print(" ".join(line.split()), file=sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _on_signal(number: int, frame) -> None:
+    """The first signal lets a training loop finish its step, the second is the system's own."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_DFL)
+    if not _stop.waits:
+        raise Stopped(number)
+    _stop.number = number
+    text = "a checkpoint follows after this step; once more ends at once"
+    os.write(
+        2, f"\n{signal.Signals(number).name}: {text}\n".encode()
+    )  # print may be in the middle of a line
+
+
+@contextlib.contextmanager
+def finish_step() -> Iterator[None]:
+    """Inside, a first signal waits for the checkpoint after the current step: see Run.due."""
+    _stop.waits = True
+    try:
+        yield
+    finally:
+        _stop.waits = False
+    if _stop.number:
+        raise Stopped(_stop.number)
+
+
+def when_stopped(advice: str) -> None:
+    """What the last line says after a signal: how to go on."""
+    _stop.advice = advice
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def machine_trouble(error: Exception) -> str | None:
+    """One line for what disk or memory are the cause of; None for anything else."""
+    inner = error.__context__  # torch.save hides a full disk behind an error of its own
+    if isinstance(error, RuntimeError) and isinstance(inner, OSError):
+        error = inner
+    text = str(error)
+    if isinstance(error, MemoryError) or any(part in text.lower() for part in MEMORY):
+        advice = "try a smaller --micro_batch_size (eval.py: --batch_size), "
+        advice += "--gradient_checkpointing, or --lora_rank 16"
+        return f"out of memory ({text.splitlines()[0][:200] if text else 'MemoryError'}); {advice}"
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        advice = "; make room or give the rights, or choose another --output_dir"
+        cause = f"{error.strerror or text or type(error).__name__}{where}"
+        return cause + (advice if error.errno in DISK else "")
+    if type(error).__name__ == "SafetensorError" and "os error" in text:
+        return f"{text}; make room, or choose another --output_dir"
+    return None
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -72,6 +166,41 @@ def write_json(path: str | Path, value) -> None:
 
 def write_jsonl(path: str | Path, records: Iterable) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records))
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """A folder takes the place of another: at any time one of them is there, under the name or
+    under name.old."""
+    old = place.with_name(f"{place.name}.old")
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
+    os.replace(new, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+_locks: dict = {}  # folder: open file, of this process
+
+
+def lock(folder: Path) -> None:
+    """Hold the folder until the command ends. Raises UserError where another process does."""
+    if folder.resolve() in _locks:
+        return
+    stream = open(folder / ".lock", "ab")  # noqa: SIM115 (the lock lives as long as it is open)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        advice = "wait for it, or choose another --output_dir"
+        raise UserError(f"{folder}: another process writes into this folder; {advice}") from None
+    except OSError as error:  # a file system without locks
+        print(f"warning: {folder} cannot be locked ({error.strerror}); start no second run there")
+    _locks[folder.resolve()] = stream
+
+
+def release_locks() -> None:
+    while _locks:
+        _locks.popitem()[1].close()
 
 
 # ---- State of a model ----------------------------------------------------------------------------
@@ -107,10 +236,89 @@ def load_trainable_state(model, state: dict[str, Tensor]) -> None:
 
 
 def restore(state: dict, model, optimizer) -> None:
-    """Model, optimizer and RNG as Run.save_checkpoint found them."""
-    load_trainable_state(model, state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    """Model, optimizer and RNG as Run.save_checkpoint found them; state lets go of them."""
+    load_trainable_state(model, state.pop("model"))
+    optimizer.load_state_dict(state.pop("optimizer"))
     set_rng_state(state["rng"])
+
+
+# ---- Flags of a resumed run ----------------------------------------------------------------------
+# They may differ when a run is resumed: they change what is written, not what is computed.
+RESUME_FREE = {"output_dir", "resume", "log_every", "eval_every", "save_every", "save_minutes"}
+RESUME_FREE |= {"keep_checkpoint", "track", "show_batch", "save_dtype"}
+
+
+def free_flags(script: str) -> set[str]:
+    """DynaMiCS chooses its checkpoint by the evaluations."""
+    return RESUME_FREE - ({"eval_every"} if script == "dynamics" else set())
+
+
+def parse_flags(parser: ArgumentParser, argv: list[str] | None, script: str) -> Namespace:
+    """The flags; args.given: those that were named. With --resume and a run in its folder what is
+    not named is as that run has it, and what is named must agree, or be free. Raises UserError."""
+    args, unnamed = parser.parse_args(argv), object()
+    nothing = Namespace(**dict.fromkeys(vars(args), unnamed))
+    found = vars(parser.parse_args(argv, nothing))
+    args.given = {name: value for name, value in found.items() if value is not unnamed}
+    if args.resume:
+        defaults = {name: parser.get_default(name) for name in vars(args)}
+        take_first_flags(args, script, defaults)
+    return args
+
+
+def take_first_flags(args: Namespace, script: str, defaults: dict) -> None:
+    """Fill in what config.json of --resume's folder says. A run that has trained nothing yet is
+    started anew: there the named flags win."""
+    folder = args.output_dir if args.resume is True else args.resume
+    if not folder:
+        raise UserError("--resume: which run? give its folder, --resume runs/...")
+    if args.output_dir not in (None, folder):
+        raise UserError(f"--resume {folder}: --output_dir names another folder")
+    config, args.output_dir = read_config(Path(folder)), folder
+    if not config:
+        if set(args.given) <= {"resume", "output_dir"}:
+            advice = "to start one give its flags, too"
+            raise UserError(f"--resume {folder}: there is no run in this folder; {advice}")
+        return
+    if config["script"] != script:
+        made = f"the run was made by {config['script']}.py, not {script}.py"
+        raise UserError(f"--resume {folder}: {made}")
+    first, named = config["flags"], config.get("given", {})
+    free, anew = free_flags(script), not has_trained(Path(folder))
+    for name, value in args.given.items():
+        now = json.loads(json.dumps(value))
+        agrees = now in (first.get(name), named.get(name, defaults[name]))
+        if not (agrees or anew or name in free):
+            change = f"--{name} was {first.get(name)!r} and is now {now!r}"
+            raise UserError(f"--resume: {change}; give the flags of the first start, or none")
+    known = named if anew else first
+    for name in vars(args).keys() & known.keys() - {"output_dir"}:  # the folder may have moved
+        if name not in args.given or not (anew or name in free):
+            setattr(args, name, known[name])
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run; {} where there is no run. Raises UserError where it is damaged."""
+    path = folder / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(config["flags"], dict) and config["script"]
+        return config
+    except (ValueError, KeyError, TypeError, AssertionError):
+        advice = "choose another --output_dir; its checkpoint cannot be resumed"
+        raise UserError(f"{path}: is damaged, or not of a run; {advice}") from None
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether a run in this folder has anything to lose: a checkpoint, or a step in its log."""
+    if any((folder / name).exists() for name in ("checkpoint", "checkpoint.old", "summary.json")):
+        return True
+    with contextlib.suppress(OSError):
+        lines = (folder / "metrics.jsonl").read_bytes().splitlines()
+        return not all(line.startswith(b'{"step": 0,') for line in lines)
+    return False
 
 
 # ---- Trackers, and what a run was made with ------------------------------------------------------
@@ -142,94 +350,195 @@ def import_tracker(name: str) -> None:
         raise UserError(f"--track {name} needs: pip install {name}{cause}") from None
 
 
-def open_tracker(name: str, folder: Path, args: Namespace) -> Callable:
-    """-> function(step, {metric: number}). A method's stages each count their own steps."""
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
+class Tracker:
+    """Sends the lines of metrics.jsonl to TensorBoard or W&B, each once however often the run was
+    killed. TensorBoard's files are made again from the lines that a resumed run keeps. W&B gets the
+    line's number as its step: of a number that it has already it takes no second one."""
 
-        writer = SummaryWriter(folder / "tensorboard")
-        return lambda step, values: [writer.add_scalar(*item, step) for item in values.items()]
-    import wandb
+    def __init__(self, args: Namespace, folder: Path, run_id: str, kept: list[dict]):
+        self.name, self.lines, self.sent = args.track, 0, {}
+        if self.name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-    identity = {"name": folder.name, "id": re.sub(r"\W", "-", folder.name)}
-    wandb.init(dir=str(folder), config=vars(args), resume="allow", **identity)
-    wandb.define_metric("*", step_metric="step")
-    return lambda step, values: wandb.log({"step": step, **values})
+            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+            self.writer = SummaryWriter(folder / "tensorboard")
+            for record in kept:
+                self.log(record)
+            return
+        import wandb
+
+        self.wandb, self.lines = wandb, len(kept)
+        how = {"name": folder.name, "id": run_id, "resume": "allow"}
+        wandb.init(dir=str(folder), config=vars(args), **how)
+        wandb.define_metric("*", step_metric="step")
+
+    def log(self, record: dict) -> None:
+        """SFTMix's two stages count their own steps, so what they share stands under reference/,
+        too. time/ stands in several lines of a step: the first one is taken."""
+        first = any(key.startswith("reference/") for key in record)
+        step, values = record["step"], {}
+        for key, value in record.items():
+            tag = f"reference/{key}" if first and not key.startswith("reference/") else key
+            if isinstance(value, (int, float)) and key != "step" and self.sent.get(tag) != step:
+                values[tag] = value
+                self.sent[tag] = step
+        if self.name == "tensorboard":
+            for tag, value in values.items():
+                self.writer.add_scalar(tag, value, step)
+        else:
+            self.wandb.log({"step": step, **values}, step=self.lines)
+        self.lines += 1
+
+    def close(self) -> None:
+        self.writer.close() if self.name == "tensorboard" else self.wandb.finish()
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+def write_checkpoint(folder: Path, state: dict) -> None:
+    """checkpoint/state.pt and its sha256, as `sha256sum -c` reads it. The previous checkpoint stays
+    until this one is whole."""
+    new = folder / "checkpoint.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    with open(new / "state.pt", "w+b") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    write_text(new / "state.pt.sha256", f"{digest}  state.pt\n")
+    replace_folder(new, folder / "checkpoint")
+
+
+def read_checkpoint(folder: Path) -> dict | None:
+    """The state in a run's folder; None where there is none yet. Raises UserError where it is not
+    what was written."""
+    places = (folder / "checkpoint", folder / "checkpoint.old")
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        return None
+    try:
+        with open(place / "state.pt", "rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        expected = (place / "state.pt.sha256").read_text(encoding="utf-8").split()[0]
+        problem = "is not what was written (its sha256 differs)" if digest != expected else None
+    except (FileNotFoundError, ValueError, IndexError) as error:
+        problem = f"is incomplete ({error})"
+    if problem:
+        advice = f"restore it, or remove {place} to start over with --resume"
+        raise UserError(f"{place / 'state.pt'}: {problem}; {advice}")
+    return torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
+def read_metrics(path: Path, size: int) -> list[dict]:
+    """The lines that metrics.jsonl had when the checkpoint was written, `size` bytes. Raises
+    UserError where they are not there."""
+    whole = path.read_bytes()[:size] if path.exists() else b""
+    if len(whole) < size:
+        problem = f"has {len(whole):,} bytes, {size:,} when the checkpoint was written"
+        raise UserError(f"{path}: {problem}; restore the file, or choose another --output_dir")
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            records.append({"step": 0} | json.loads(line))
+        except (ValueError, TypeError):
+            advice = "restore the file, or choose another --output_dir"
+            raise UserError(f"{path}, row {number}: is no line of metrics; {advice}") from None
+    return records
 
 
 # ---- The run folder ------------------------------------------------------------------------------
-
-# Flags that may differ when a run is resumed: they change what is written, not what is computed.
-RESUME_FREE = {"output_dir", "resume", "log_every", "eval_every", "save_every"}
-RESUME_FREE |= {"track", "show_batch", "save_dtype"}
+# What a run may write there, beside config.json and .lock.
+WRITTEN = "final best checkpoint tensorboard wandb metrics.jsonl summary.json confidence.jsonl "
+WRITTEN += "embeddings.jsonl test_rows.jsonl confidence.png perplexity.png embeddings.png loss.png "
+WRITTEN += "mixture.png rewards.png coverage.png losses.png slopes.png prediction.png results.png"
 
 
 class Run:
     """The run folder: config.json, metrics.jsonl, checkpoint/, figures, final/, last summary.json.
 
-    Open it once everything that can be wrong with the user's input has been checked: nothing is
-    written before. state: the checkpoint that --resume found, or None. finished: there is nothing
-    left to do. time: seconds by part."""
+    Made first, it looks at folder and flags; `open` it once everything that can be wrong with the
+    user's input has been checked: nothing is written before. state: the checkpoint that --resume
+    found, or None. finished: there is nothing left to do. time: seconds by part."""
 
-    def __init__(self, script: str, args: Namespace, **config):
-        self.folder, self.args = self._folder(script, args), args
-        self.state, self.time, offset = None, {}, 0
+    def __init__(self, script: str, args: Namespace):
+        self.script, self.args, self.folder = script, args, self._folder(script, args)
+        args.output_dir = str(self.folder)
+        self.state, self.time, self._kept = None, {}, []
         self._before, self._started = 0.0, time.perf_counter()
-        self.finished = (self.folder / "summary.json").exists()
-        flags = {key: value for key, value in vars(args).items() if key != "resume"}
-        self.config = config = {"script": script, "flags": flags, **config}
-        if args.resume:
-            self._check_same(config)
-            saved = self.folder / "checkpoint" / "state.pt"
-            if saved.exists() and not self.finished:
-                self.state = torch.load(saved, map_location="cpu", weights_only=True)
-                offset, self.time = self.state["metrics_offset"], self.state["time"]
-                self._before = self.state["seconds"]
-        track = None if self.finished else args.track
-        if track:
-            import_tracker(track)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._tracker = track and open_tracker(track, self.folder, args)
-        if not args.resume:
-            made = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
-            write_json(self.folder / "config.json", {**config, **made})
+        if args.track:
+            import_tracker(args.track)
+        self._first = read_config(self.folder)
+        if self._first:
+            lock(self.folder)
+            self._resume()
+        self.finished = bool(self._first) and (self.folder / "summary.json").exists()
         if self.finished:
+            self._clear()
             print(f"{self.folder} is finished: nothing to resume")
-            return
-        self._metrics = open(self.folder / "metrics.jsonl", "ab")  # noqa: SIM115 (open for the run)
-        self._metrics.truncate(offset)  # lines after the checkpoint will be written again
-        print(f"run   {self.folder}" + (" (resumed)" if self.state else ""))
 
     @staticmethod
     def _folder(script: str, args: Namespace) -> Path:
         """The run's folder, fit to be started or resumed. Raises UserError."""
-        if args.resume and args.resume is not True:
-            args.output_dir = args.resume
-        if args.resume and not args.output_dir:
-            raise UserError("--resume: which run? give its folder, --resume runs/...")
         name = f"{script}-{Path(args.model).name or 'model'}-{args.seed}"
         folder = Path(args.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-        args.output_dir = str(folder)
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output_dir {folder}: is a file")
-        exists = (folder / "config.json").exists()
-        if exists and not args.resume:
-            advice = f"continue it with --resume {folder}, or choose another --output_dir"
-            raise UserError(f"{folder} already holds a run: {advice}")
-        if args.resume and not exists:
-            raise UserError(f"--resume {folder}: there is no run in this folder (no config.json)")
+        if (folder / "config.json").exists():
+            if not args.resume and has_trained(folder):
+                advice = f"continue it with --resume {folder}, or choose another --output_dir"
+                raise UserError(f"{folder} already holds a run: {advice}")
+            return folder
+        foreign = [name for name in WRITTEN.split() if os.path.lexists(folder / name)]
+        if foreign:
+            problem = f"holds {foreign[0]}, which is not of a run (no config.json)"
+            raise UserError(f"--output_dir {folder}: {problem}; choose another folder")
         return folder
+
+    def _resume(self) -> None:
+        """Read the checkpoint, unless the run is finished or starts anew."""
+        if not has_trained(self.folder):
+            self._first = {}
+        elif not (self.folder / "summary.json").exists():
+            self.state = read_checkpoint(self.folder)
+        if self.state:
+            self._kept = read_metrics(self.folder / "metrics.jsonl", self.state["metrics_offset"])
+            self.time, self._before = self.state["time"], self.state["seconds"]
+
+    def open(self, **config) -> None:
+        """Start to write. config: what is known of data and model by now; a resumed run must find
+        the same. Raises UserError."""
+        args, folder = self.args, self.folder
+        flags = {key: value for key, value in vars(args).items() if key not in ("resume", "given")}
+        config = {"script": self.script, "flags": flags, **config}
+        names = (args.model, getattr(args, "ref_model", None))
+        config["model_fingerprint"] = [model_fingerprint(name) for name in names if name]
+        if self._first:
+            self._check_same(config)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock(folder)
+            self._folder(self.script, args)  # another process may have been here in the meantime
+            made = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+            made |= {"given": getattr(args, "given", {}), "run_id": secrets.token_hex(4)}
+            self._first = config | made
+            write_json(folder / "config.json", self._first)
+        self.config = config
+        when_stopped(f"go on with --resume {folder}")
+        self._tracker = None
+        if args.track:
+            self._tracker = Tracker(args, folder, self._first.get("run_id"), self._kept)
+        self._metrics = open(folder / "metrics.jsonl", "ab")  # noqa: SIM115 (open for the run)
+        # lines after the checkpoint will be written again
+        self._metrics.truncate(self.state["metrics_offset"] if self.state else 0)
+        self._saved = time.monotonic()
+        resumed = "resumed" if self.state else "no checkpoint yet: from its start"
+        print(f"run   {folder}" + (f" ({resumed})" if args.resume else ""))
 
     def _check_same(self, config: dict) -> None:
         """Raise UserError where the run in the folder was started otherwise."""
-        old = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-        if old["script"] != config["script"]:
-            made = f"the run was made by {old['script']}.py, not {config['script']}.py"
-            raise UserError(f"--resume: {made}")
-        # DynaMiCS chooses its checkpoint by the evaluations
-        free = RESUME_FREE - ({"eval_every"} if config["script"] == "dynamics" else set())
-        new = json.loads(json.dumps(config))
-        for key in sorted(set(new["flags"]) - free):
+        old, new = self._first, json.loads(json.dumps(config))
+        for key in sorted(set(new["flags"]) - free_flags(self.script)):
             before, now = old["flags"].get(key), new["flags"][key]
             if before != now:
                 change = f"--{key} was {before!r} and is now {now!r}"
@@ -238,6 +547,14 @@ class Run:
             if old.get(key) != new[key]:
                 change = f"{key.replace('_', ' ')} differs from the first start"
                 raise UserError(f"--resume: {change}; has a data file or the model changed?")
+
+    def _clear(self) -> None:
+        """Remove what only an unfinished run needs."""
+        parts = ["checkpoint.tmp", "checkpoint.old", "final.tmp", "final.old"]
+        for name in [*parts, "best.tmp", "best.old"]:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        if not self.args.keep_checkpoint:
+            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
 
     @contextlib.contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -265,9 +582,7 @@ class Run:
         self._metrics.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
         self._metrics.flush()
         if self._tracker:
-            numbers = {k: v for k, v in record.items() if isinstance(v, (int, float))}
-            numbers.pop("step")
-            self._tracker(step, numbers)
+            self._tracker.log(record)
         if line:
             tqdm.write(line)
 
@@ -277,19 +592,29 @@ class Run:
         named = {f"{stage}/{key}": value for key, value in values.items()}
         self.log(step, {**others, **named}, f"{stage} {step}/{steps}  {text}")
 
+    def due(self, done: int, steps: int) -> bool:
+        """Whether a checkpoint is written after step `done` of `steps`: by --save_every or
+        --save_minutes, not after the last; or because a signal asks the run to stop."""
+        if _stop.number:
+            return True
+        late = time.monotonic() - self._saved >= 60 * (self.args.save_minutes or float("inf"))
+        often = self.args.save_every and done % self.args.save_every == 0
+        return done < steps and bool(late or often)
+
     def save_checkpoint(self, state: dict, model, optimizer) -> None:
         """Everything the loop needs to go on as if nothing had happened: its own state, and model,
-        optimizer and RNG (see restore)."""
-        folder = self.folder / "checkpoint"
-        folder.mkdir(exist_ok=True)
+        optimizer and RNG (see restore). Raises Stopped where a signal has asked for it."""
         os.fsync(self._metrics.fileno())
         arrays = {k: torch.tensor(v) for k, v in state.items() if isinstance(v, np.ndarray)}
+        done = state["counts"]["steps"]
         state = {**state, **arrays, "model": trainable_state(model)}
         state |= {"optimizer": optimizer.state_dict()}
         state |= {"rng": rng_state(), "metrics_offset": self._metrics.tell()}
         state |= {"time": self.time, "seconds": self.seconds}
-        with atomic(folder / "state.pt", "wb") as stream:
-            torch.save(state, stream)
+        write_checkpoint(self.folder, state)
+        self._saved = time.monotonic()
+        if _stop.number:
+            raise Stopped(_stop.number, f"checkpoint of step {done} in {self.folder}; ")
 
     def cost(self, *parts: str) -> dict[str, float]:
         """Seconds of these parts as multiples of the training's; total: with training itself."""
@@ -313,12 +638,11 @@ class Run:
         generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         write_json(temporary / "generation_config.json", generation)
         tokenizer.save_pretrained(temporary)
-        about = {"script": self.config["script"], "base": lasting_name(self.args.model)}
+        about = {"script": self.script, "base": lasting_name(self.args.model)}
         about |= {"template": self.args.template, "max_length": self.args.max_length}
         about["template_date"] = self.args.template_date
         write_json(temporary / "cleansft.json", about | {"seed": self.args.seed})
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        replace_folder(temporary, final)
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: the sign that the run is complete."""
@@ -327,5 +651,8 @@ class Run:
         summary = {**summary, **counted, "seconds": round(self.seconds, 3), "time": parts}
         write_json(self.folder / "summary.json", summary)
         self._metrics.close()
+        if self._tracker:
+            self._tracker.close()
+        self._clear()
         spent = ", ".join(f"{name} {value:.0f} s" for name, value in parts.items())
         print(f"done  {self.folder}/summary.json after {summary['seconds']:.0f} s: {spent}")

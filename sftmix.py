@@ -238,6 +238,7 @@ class Stage:
     points: tuple = ()  # steps after which every example's perplexity is taken
 
 
+@common.finish_step()
 def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict):
     """Train model for stage.steps optimizer steps, from where the run's checkpoint stopped.
     -> {"steps", "examples", "tokens"}, perplexities (C, N) after stage.points"""
@@ -253,7 +254,7 @@ def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict
         common.restore(run.state, model, optimizer)
         counts, perplexity = run.state["counts"], run.state["perplexity"].numpy()
         window.extend(run.state["window"])
-    eval_at, save_at = common.every(args.eval_every, steps), common.every(args.save_every, steps)
+    eval_at = common.every(args.eval_every, steps)
     steps_per_epoch, epoch = len(stage.epoch_batches(0)), None
     size = max(1, args.micro_batch_size // (2 if stage.mu else 1))  # a pair is two examples
     model.train()
@@ -300,7 +301,7 @@ def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict
         if done in stage.points:  # ---- Step 1: Perp_c of every example
             with run.timer("confidence"):
                 perplexity = np.vstack([perplexity, perplexities(model, pool, args)])
-        if done in stage.points or done in save_at:
+        if done in stage.points or run.due(done, steps):
             state = {"stage": stage.name, "counts": counts, "window": list(window)}
             run.save_checkpoint({**state, "perplexity": perplexity}, model, optimizer)
     bar.close()
@@ -526,6 +527,19 @@ def split(source: list[str], perplexity: np.ndarray | None, args: Namespace) -> 
     return Halves(*partition(conf), nobody)
 
 
+def check_halves(rows: list[int], source: list[str], args: Namespace) -> None:
+    """Raise UserError, before any training, where step 2 would find nothing to split.
+    rows: the examples that have a confidence, or will have one."""
+    if not rows:
+        raise UserError("no example has a confidence")
+    if is_baseline(args):
+        return
+    halves = split([source[i] for i in rows], np.zeros((1, len(rows))), args)
+    if not min(len(halves.confident), len(halves.unconfident)):
+        problem = f"are too few for --split {args.split} by {args.partition}"
+        raise UserError(f"--data: {len(rows)} examples {problem}; give more rows")
+
+
 def target_stage(examples: dict, source: list[str], perplexity, args: Namespace) -> Stage:
     """Steps 2 and 3: what the target is trained on, in which batches, with which weights.
     source: label by row; perplexity (C, rows), or None where the split does not need it."""
@@ -536,16 +550,12 @@ def target_stage(examples: dict, source: list[str], perplexity, args: Namespace)
     if len(rows) < len(examples):
         why = "have no confidence (skipped by the reference's tokenizer) and are skipped"
         print(f"data  {len(examples) - len(rows)} examples {why}")
-    if not rows:
-        raise UserError("no example has a confidence")
     pool, weight = [examples[i] for i in rows], np.ones(len(rows))
     trained_on, options = np.arange(len(rows)), (args.batch_size, args.seed)
     if not is_baseline(args):
         halves = split([source[i] for i in rows], perplexity, args)
         sizes = [f"{len(part):,} {name}" for name, part in vars(halves).items() if len(part)]
         print(f"step 2  split by {args.partition}: {', '.join(sizes)}")
-        if args.mu and not min(len(halves.confident), len(halves.unconfident)):
-            raise UserError(f"{len(pool)} examples cannot be split into two parts to mix")
         trained_on = getattr(halves, args.ntp_on, trained_on)  # that get NTP: one half, or all
     if args.mu:
         batches = partial(paired_batches, halves, *options)
@@ -592,7 +602,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="train on --select_n rows: the longest responses, or the highest scores (Table 7)")
     add("--select_n", type=common.positive_int, default=1000, help="rows that --select keeps")
     # fmt: on
-    args = parser.parse_args(argv)
+    args = common.parse_flags(parser, argv, "sftmix")
     if args.max_steps:
         args.epochs = None
     if args.mu == 0 and args.ntp_on == "none":
@@ -614,6 +624,9 @@ def is_baseline(args: Namespace) -> bool:
 @common.command_line
 def main(argv=None):
     args = parse_args(argv)
+    run = common.Run("sftmix", args)
+    if run.finished:
+        return
     datasets, eval_datasets = common.load_datasets(args)
     if args.partition == "source" and len(datasets) != 2:
         raise UserError(f"--partition source needs two datasets; --data gives {len(datasets)}")
@@ -629,11 +642,13 @@ def main(argv=None):
     elif args.partition == "confidence" and not is_baseline(args):
         by_row = reference_examples(datasets, examples, args)
         reference = reference_stage([by_row[i] for i in sorted(by_row)], args)
+    scored = set(by_row if reference else examples)
+    if perplexity is not None:
+        scored &= set(np.flatnonzero(np.isfinite(perplexity).all(0)).tolist())
+    check_halves(sorted(scored & set(examples)), source, args)
     common.check_gradients(model, next(iter(examples.values())), args.dtype)
     config = common.data_config(datasets, eval_datasets, examples.values())
-    run = common.Run("sftmix", args, **config)
-    if run.finished:
-        return
+    run.open(**config)
     if args.show_batch:
         data.show_examples(examples.values(), tokenizer)
     step_1_is_over = run.state and run.state["stage"] == "train"

@@ -69,7 +69,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("if len(meant) > 1:", "if len(meant) > 9:"),
         ("if not 0 <= int(answer) < count:", "if int(answer) >= count:"),
         ('if split == "eval" else ("train", "")', 'if split == "eval" else ("train", "", "test")'),
-        ("if spec and Path(spec).exists():", "if False:"),
+        ("if spec and os.path.exists(spec):", "if False:"),
         ("CLOCK.sub(lambda found: repr(day.strftime(found[2])), text)", "text"),
         ("return first or datetime.date.today()", "return datetime.date.today()"),
         ("min((at for at in places if at >= 0)", "max((at for at in places if at >= 0)"),
@@ -107,7 +107,8 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "{round(steps * c / (count + 1)) for c in range(1, count + 1)}",
         ),
         ("if done in stage.points:  # ----", "if step in stage.points:  # ----"),
-        ('perplexity[:, record["index"]] = ', "perplexity[:, number - 2] = "),
+        ("perplexity[:, index] = values", "perplexity[:, place] = values"),
+        ("else -values[0]", "else values[0]"),
         ("everything[:, rows] = perplexity", "everything[:, : len(rows)] = perplexity"),
         (
             "model = common.load_trainable(args.ref_model, args)[0]",

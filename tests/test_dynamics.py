@@ -551,7 +551,7 @@ def finished(tmp_path_factory):
 
 def test_run_folder(finished):
     folder, summary = finished
-    files = {"config.json", "metrics.jsonl", "summary.json", "checkpoint", "best", "final"}
+    files = {"config.json", "metrics.jsonl", "summary.json", ".lock", "best", "final"}
     files.add("test_rows.jsonl")
     figures = {"losses.png", "mixture.png", "slopes.png", "prediction.png"}
     assert {path.name for path in folder.iterdir()} == files | figures

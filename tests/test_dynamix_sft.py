@@ -503,7 +503,7 @@ def test_run_folder_and_golden_losses(tmp_path):
     steps += ["--update_every", "2", "--reward_batch_size", "2", "--save_every", "3"]
     dynamix_sft.main([*data, *steps, "--output_dir", str(folder)])
 
-    files = {"config.json", "metrics.jsonl", "summary.json", "checkpoint", "final"}
+    files = {"config.json", "metrics.jsonl", "summary.json", ".lock", "final"}
     figures = {"mixture.png", "rewards.png", "coverage.png", "loss.png"}
     assert {path.name for path in folder.iterdir()} == files | figures
     assert values(folder, "train/loss")[:3] == pytest.approx(GOLDEN, abs=2e-4)

@@ -1,11 +1,13 @@
 """eval.py: statistics by hand, log-likelihoods against a plain computation, right and
-wrong answers, resume, judge, sandbox."""
+wrong answers, resume, judge."""
 
 import email.utils
 import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from conftest import alpaca_text, plain, random_model
 import common
 import data
 import eval as evaluation
+import sandbox
 import sftmix
 from common import UserError
 
@@ -453,6 +456,125 @@ def test_interrupted_and_continued_is_the_same(
     assert run(second, flags) == whole
 
 
+def test_continued_in_the_middle_of_a_block_is_the_same(tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setattr(evaluation, "BLOCK", 8)
+    monkeypatch.setattr(time, "time", lambda: 1e9)  # of an answer
+    rows = write_jsonl("mc.jsonl", truthful_rows(20))
+    chat = [{"question_id": i, "turns": [f"Say {'so ' * i}{i}.", "More."]} for i in range(7)]
+    chat = write_jsonl("chat.jsonl", chat)
+    flags = f"--eval_data toy/copy --tasks truthfulqa_mc2={rows} mt_bench={chat} --batch_size 3"
+    flags += " --limit 20 --max_new_tokens 8 --template plain"
+    whole, asked, generate = run(tmp_path / "whole", flags), [], evaluation.generate
+
+    def counted(model, tokenizer, prompts, *how):
+        asked.append(len(prompts))
+        return generate(model, tokenizer, prompts, *how)
+
+    monkeypatch.setattr(evaluation, "generate", counted)
+    for kept in (0, 1, 5, 10):
+        cut = tmp_path / f"cut{kept}"
+        shutil.copytree(tmp_path / "whole", cut)
+        (cut / "results.json").unlink()
+        for path in (cut / "predictions").rglob("*.jsonl"):
+            lines = path.read_bytes().splitlines(keepends=True)
+            if len(lines) > kept:
+                path.unlink()
+                part = b"".join(lines[:kept]) + lines[kept][:20]  # the last one half written
+                path.with_name(path.name + ".part").write_bytes(part)
+        asked.clear()
+        assert run(cut, flags) == whole
+        for path in (tmp_path / "whole").rglob("*.json*"):
+            assert path.read_bytes() == (cut / path.relative_to(tmp_path / "whole")).read_bytes()
+        # batches of 3, 3 and 1 conversations of two turns, each whole or not at all
+        assert asked == {0: [3, 3, 3, 3, 1, 1], 1: [3, 3, 3, 3, 1, 1], 5: [3, 3, 1, 1]}.get(
+            kept, []
+        )
+
+
+def second_of(change):
+    """-> function(lines of a file) -> them with another second one."""
+    return lambda lines: [lines[0], json.dumps({**json.loads(lines[1]), **change}), *lines[2:]]
+
+
+DAMAGE = [
+    (lambda lines: lines[:-2], "is cut after line 10"),
+    (lambda lines: lines[:1], "is cut after line 1"),
+    (lambda lines: [*lines[:-1], lines[-1][:9]], "line 12: is no JSON"),
+    (lambda lines: [*lines, lines[0]], "line 13: is a row that an earlier line holds"),
+    (lambda lines: [lines[0], *lines[:-1]], "line 2: is a row that an earlier line holds"),
+    (lambda lines: [lines[0], "\0" * 40, *lines[2:]], "line 2: is no JSON"),
+    (lambda lines: [lines[0], "", *lines[2:]], "line 2: is no JSON"),
+    (lambda lines: [lines[0], "[" * 100000, *lines[2:]], "line 2: is no JSON"),
+    (lambda lines: [lines[0], "null", *lines[2:]], "line 2: is no row of this task"),
+    (lambda lines: [lines[0], "[1]", *lines[2:]], "line 2: is no row of this task"),
+    (lambda lines: [lines[0], '{"index": [1]}', *lines[2:]], "line 2: is no row of this task"),
+    (second_of({"index": 12}), "line 2: is no row of this task"),
+    (second_of({"index": "1"}), "line 2: is no row of this task"),
+    (second_of({"nll": None}), "line 2: has no good 'nll'"),
+    (second_of({"tokens": "3"}), "line 2: has no good 'tokens'"),
+]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A folder with predictions of 12 rows of a domain."""
+    folder = tmp_path_factory.mktemp("eval") / "run"
+    run(folder, "--eval_data toy/copy --limit 12")
+    return folder
+
+
+@pytest.mark.parametrize("damage, message", DAMAGE)
+def test_only_the_tasks_rows_are_believed(tmp_path, evaluated, capsys, damage, message):
+    flags, folder = ["--eval_data", "toy/copy", "--limit", "12"], tmp_path / "run"
+    shutil.copytree(evaluated, folder)
+    path = folder / "predictions" / "tiny" / "copy.jsonl"
+    before = path.read_bytes()
+    bad = "".join(line + "\n" for line in damage(before.decode().splitlines()))
+    path.write_text(bad)
+    error = fails(capsys, folder, *flags)
+    assert str(path) in error and message in error and "delete the file" in error
+    assert path.read_text() == bad
+    path.unlink()
+    run(folder, *flags)
+    assert path.read_bytes() == before
+    if "line" not in message.split()[0]:  # a file that is only cut may go on
+        return
+    os.replace(path, f"{path}.part")
+    Path(f"{path}.part").write_text(bad)
+    assert message in fails(capsys, folder, *flags)
+
+
+def test_other_damaged_files_are_named(tmp_path, evaluated, capsys):
+    flags, folder = ["--eval_data", "toy/copy", "--limit", "12"], tmp_path / "run"
+    shutil.copytree(evaluated, folder)
+    for name in ("manifest.json", "results.json"):
+        whole = (folder / name).read_bytes()
+        for bad in (b"", whole[:-9], b"[]", b"null", b"\xff\xfe"):
+            (folder / name).write_bytes(bad)
+            assert f"{name}: is damaged" in fails(capsys, folder, *flags)
+        (folder / name).write_bytes(whole)
+    path = folder / "predictions" / "tiny" / "copy.jsonl"
+    path.write_bytes(path.read_bytes()[:-5])  # a complete file is not cut to whole lines
+    assert "is cut after line 11" in fails(capsys, folder, *flags)
+    path.write_bytes((evaluated / "predictions" / "tiny" / "copy.jsonl").read_bytes() + b"{")
+    assert "is cut after line 12" in fails(capsys, folder, *flags)
+
+
+def test_one_process_writes_a_folder(tmp_path, evaluated, capsys):
+    flags, folder = ["--eval_data", "toy/copy", "--limit", "12"], tmp_path / "run"
+    shutil.copytree(evaluated, folder)
+    hold = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)"
+    hold += "; print('held', flush=True); sys.stdin.read()"
+    command, pipe = [sys.executable, "-c", hold, str(folder / ".lock")], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
+        assert other.stdout.readline() == b"held\n"
+        before = sorted(folder.rglob("*"))
+        assert f"{folder}: another process writes it" in fails(capsys, folder, *flags)
+        assert sorted(folder.rglob("*")) == before
+        other.communicate()
+    assert run(folder, *flags) == run(folder, *flags)  # given up at the command's end
+
+
 def test_other_settings_data_or_models_are_refused(tmp_path, write_jsonl, model_folder, capsys):
     rows, name = write_jsonl("medqa.jsonl", medqa_rows(14)), model_folder("gpt2")
     flags = ["--model", name, "--tasks", f"medqa={rows}", *QUICK]
@@ -676,6 +798,53 @@ def test_refused_requests_are_not_repeated(endpoint):
         evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], "secret", sleep=lambda _: None)
 
 
+ADDRESSES = [
+    ("nonsense", "no http:// or https:// address"),
+    ("file:///etc/passwd", "no http:// or https:// address"),
+    ("ftp://host/v1", "no http:// or https:// address"),
+    ("http://", "no http:// or https:// address"),
+    ("http://:80/v1", "no http:// or https:// address"),
+    ("http://host:port/v1", "no http:// or https:// address"),
+    ("http://[::1/v1", "no http:// or https:// address"),
+    ("http://ho st/v1", "no http:// or https:// address"),
+    ("http://h\u00f6st/v1", "no http:// or https:// address"),
+    ("http://me:hunter2@127.0.0.1:9/v1", "holds a user, a password"),
+    ("http://hunter2@127.0.0.1:9/v1", "holds a user, a password"),
+    ("http://127.0.0.1:9/v1?key=hunter2", "holds a user, a password"),
+]
+
+
+@pytest.mark.parametrize("address, message", ADDRESSES)
+def test_judge_addresses_are_checked_first(
+    tmp_path, write_jsonl, monkeypatch, capsys, address, message
+):
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    flags = ["--tasks", f"mt_bench={write_jsonl('chat.jsonl', CHAT)}", "--judge", "judge"]
+    error = fails(capsys, tmp_path / "run", *flags)
+    assert "OPENAI_BASE_URL: " in error and message in error
+    assert "hunter2" not in error and "sk-secret" not in error
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    error = fails(capsys, tmp_path / "run", *flags)
+    assert "OPENAI_API_KEY: holds" in error and "sk-secret" not in error
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    "target", ["http://localhost:{}/x", "file:///etc/me:hunter2@x", "http://["]
+)
+def test_redirects_are_not_followed(endpoint, code, target):
+    requests, faults = endpoint
+    port = os.environ["OPENAI_BASE_URL"].split(":")[2].split("/")[0]
+    faults += [(code, {"Location": target.format(port)})]
+    with pytest.raises(UserError, match=f"HTTP {code} redirects to .*not followed") as error:
+        evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], "secret")
+    assert len(requests) == 1
+    assert "hunter2" not in str(error.value) and "secret" not in str(error.value)
+
+
 def test_nothing_is_judged_twice(tmp_path, write_jsonl, endpoint, monkeypatch, capsys):
     requests, faults = endpoint
     chat = write_jsonl("chat.jsonl", CHAT)
@@ -739,37 +908,14 @@ def test_scores_by_turn_and_round():
 # ----------------------------------------------------------------------------------- generated code
 
 
-CHILD = "import time; time.sleep(60)"
-HOLDS_THE_PIPE = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(20)"
-CLEAN = "import os; assert 'OPENAI_API_KEY' not in os.environ and os.listdir('.') == ['program.py']"
-PROGRAMS = [
-    ("x = 1 + 1\nassert x == 2", True),
-    ("assert 1 == 2", False),
-    ("import sys; sys.exit(0)", False),
-    ("import os; os._exit(0)", False),
-    ("def f(:", False),
-    ("while True: pass", False),
-    ("x = bytearray(2 ** 34)", False),
-    (CHILD, False),
-    ("print('noise'); import sys; sys.stderr.write('noise')", True),
-    ("open('big', 'w').write('x' * 2 ** 24)", False),
-    (f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {CHILD!r}])", True),
-    (HOLDS_THE_PIPE, False),  # given up
-    (CLEAN, True),
-]
+def no_box():
+    raise UserError("neither works here")
 
 
-@pytest.mark.parametrize("program, passes", PROGRAMS)
-def test_programs_run_in_limits(program, passes, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    started = time.perf_counter()
-    assert evaluation.run_program(program, seconds=2) is passes
-    assert time.perf_counter() - started < 20
-
-
-def test_code_eval_speaks_the_metrics_protocol():
+def test_code_eval_speaks_the_metrics_protocol(monkeypatch):
     tests, programs = ["assert f(2) == 3"], [["def f(x): return x + 1", "def f(x): return x"]]
     metric = evaluation.CodeEval()
+    monkeypatch.setattr(evaluation.CodeEval, "box", sandbox.unsafe)
     values, passed = metric.compute(references=tests, predictions=programs, k=[1, 2])
     assert values == {"pass@1": 0.5, "pass@2": 1.0} and passed == [[True, False]]
 
@@ -853,8 +999,20 @@ def test_humaneval_over_local_rows(tmp_path, write_jsonl, monkeypatch, capsys):
     solutions = {row["prompt"]: row["canonical_solution"] for row in rows}
     solutions |= {row["prompt"]: "    raise SystemExit(0)\n" for row in rows[::2]}
     answers_of(monkeypatch, lambda prompt: solutions[prompt])
-    result = run(tmp_path / "run", f"--tasks humaneval={path} --allow_code")["tiny"]["humaneval"]
+    flags, boxes = ["--tasks", f"humaneval={path}", "--allow_code"], []
+    monkeypatch.setattr(sandbox, "find_box", no_box)
+    assert "neither works here" in fails(capsys, tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
+    result = run(tmp_path / "run", *flags, "unsafe")["tiny"]["humaneval"]
     assert result["pass@1,create_test"] == 0.5 and result["n"] == 4
+
+    def box(folder):
+        boxes.append(folder)
+        return []
+
+    monkeypatch.setattr(sandbox, "find_box", lambda: box)
+    assert run(tmp_path / "boxed", *flags)["tiny"]["humaneval"] == result
+    assert len(boxes) >= 4  # every program ran in it
 
 
 def test_ifeval_over_local_rows(tmp_path, write_jsonl, monkeypatch):

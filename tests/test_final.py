@@ -287,6 +287,7 @@ def test_rounding_that_moves_the_loss_is_said(tmp_path, model_folder, capsys, mo
         args.save_dtype, args.template_date = "bf16", None
         tokenizer = data.with_template(tokenizer, "plain")
         run = common.Run("sftmix", args)
+        run.open()
         common.save_final(model, tokenizer, common.evaluator({}, args), 1, run)
         assert ("warning: saving" in capsys.readouterr().out) == warned
 

@@ -20,6 +20,7 @@ import common
 import data
 import dynamics
 import plots
+import runs
 
 TOLERANCE = 1e-4
 
@@ -391,8 +392,9 @@ class Spy:
 
     def __init__(self, patch):
         self.events, self.clock = [], 0.0
-        clock = SimpleNamespace(perf_counter=lambda: self.clock, strftime=time.strftime)
-        patch.setattr(common, "time", clock)
+        real = {"strftime": time.strftime, "monotonic": time.monotonic}
+        clock = SimpleNamespace(perf_counter=lambda: self.clock, **real)
+        patch.setattr(runs, "time", clock)
         patch.setattr(plots, "draw", lambda folder: [])
         self.original = {}
         for name, owner, attribute in (

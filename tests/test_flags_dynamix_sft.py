@@ -22,6 +22,7 @@ import common
 import data
 import dynamix_sft
 import plots
+import runs
 
 SPECS = ["toy/describe#24", "toy/add#12", "toy/reverse#6"]
 LABELS = ["describe", "add", "reverse"]
@@ -56,8 +57,9 @@ class Spy:
         self.wrap(patch, common.Run, "save_checkpoint")
         self.wrap(patch, dynamix_sft, "reward_batches")
         self.wrap(patch, dynamix_sft, "arm_rewards")
-        clock = SimpleNamespace(perf_counter=lambda: self.clock, strftime=time.strftime)
-        patch.setattr(common, "time", clock)
+        real = {"strftime": time.strftime, "monotonic": time.monotonic}
+        clock = SimpleNamespace(perf_counter=lambda: self.clock, **real)
+        patch.setattr(runs, "time", clock)
 
     def wrap(self, patch, owner, name):
         original = getattr(owner, name)

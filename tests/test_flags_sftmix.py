@@ -100,6 +100,8 @@ RECIPE = dict(
     log_every=10,
     eval_every=0,
     save_every=500,
+    save_minutes=15.0,
+    keep_checkpoint=False,
     track=None,
     alpha=0.5,
     mu=0.2,
@@ -117,11 +119,12 @@ RECIPE = dict(
 
 def test_the_papers_recipe():
     """§4.1, as it stands after parsing; a flag that is new belongs here, too."""
-    assert vars(sftmix.parse_args([])) == RECIPE
+    assert vars(sftmix.parse_args([])) == {**RECIPE, "given": {}}
     assert vars(sftmix.parse_args(["--max_steps", "7"])) == {
         **RECIPE,
         "max_steps": 7,
         "epochs": None,
+        "given": {"max_steps": 7},
     }
 
 

@@ -12,6 +12,7 @@ FLOORS = [
     "data",
     "models",
     "runs",
+    "sandbox",
     "common",
     "plots",
     "baselines",

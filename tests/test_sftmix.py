@@ -321,7 +321,7 @@ def test_run_folder(finished):
     files = {"config.json", "metrics.jsonl", "summary.json", "confidence.jsonl"}
     files.add("embeddings.jsonl")
     figures = {"confidence.png", "perplexity.png", "embeddings.png", "loss.png"}
-    assert {path.name for path in folder.iterdir()} == files | figures | {"checkpoint", "final"}
+    assert {path.name for path in folder.iterdir()} == files | figures | {".lock", "final"}
     assert summary["steps"] == 10
     assert summary["eval"]["copy"]["nll"] < 5.6
     assert summary["time"]["confidence"] > 0
@@ -424,9 +424,9 @@ def test_resume_refuses_another_run(finished, capsys):
     before = (folder / "summary.json").read_bytes()
     flags = ["--data", "toy#80", "--eval_data", "toy/copy", "--max_steps", "10"]
     cases = [
-        (["--seed", "1", "--resume"], "--resume: --seed"),
+        (["--seed", "1", "--resume"], "--resume: --seed was 0 and is now 1"),
         ([], "already holds a run"),
-        (["--resume", str(folder / "nowhere")], "no run in this folder"),
+        (["--max_steps", "9", "--resume"], "--max_steps was 10 and is now 9"),
     ]
     for extra, message in cases:
         assert message in error_line(capsys, run, folder, *flags, *extra)
