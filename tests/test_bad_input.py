@@ -58,6 +58,7 @@ SHARED = {
     "log_every": POSITIVE,
     "eval_every": COUNT,
     "save_every": COUNT,
+    "save_minutes": REAL,
 }
 NUMBERS = {
     "sftmix": {
@@ -590,6 +591,13 @@ sftmix --micro_batch_size 1 | --micro_batch_size 1: must be even
 sftmix --mu 0 --ntp_on none | leaves no loss
 sftmix --split thirds --ntp_on confident | --split thirds goes with --ntp_on full
 sftmix --epochs 2 | not allowed with argument
+sftmix --data {one.jsonl} | --split halves
+sftmix --data {two.jsonl} --split thirds | --split thirds
+sftmix --data {two.jsonl} --split thirds --partition random | --split thirds
+sftmix --data NINES | File name too long
+sftmix --model NINES | File name too long
+sftmix --template NINES | --template
+sftmix --confidence NINES | --confidence
 sftmix --nothing 2 | unrecognized arguments
 sftmix --lr | expected one argument
 sftmix --schedule square | invalid choice: 'square'
@@ -693,6 +701,8 @@ eval --tasks gsm8k={no}.jsonl | no.jsonl: no such file or folder
 eval --tasks gsm8k={null.jsonl} | null.jsonl, row 1:
 eval --tasks gsm8k={rows.jsonl} | rows.jsonl, row 1: gsm8k needs columns
 eval --tasks hellaswag={rows.jsonl} | hellaswag
+eval --model NINES | File name too long
+eval --tasks bbq=NINES.jsonl | File name too long
 eval --max_length 2 | no example is left at --max_length 2
 """)
 
@@ -753,7 +763,7 @@ def test_bad_input_is_one_line(tmp_path, places, capfd, monkeypatch, script, fla
     line = refused(script, command(script, flags, places), tmp_path, capfd)
     for word in words:
         assert word in line
-    assert len(line) < 1000
+    assert len(line) < 1000 or "NINES" in flags
     assert not Path(places["ran"]).exists()
 
 
