@@ -199,8 +199,10 @@ def setup(args: Namespace):
 
 def read_card(model: str) -> dict:
     """cleansft.json of a folder that one of the scripts saved; {} for any other model."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(Path(model, "cleansft.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        card = json.loads(Path(model, "cleansft.json").read_text(encoding="utf-8"))
+        if isinstance(card, dict) and {"template", "max_length"} <= set(card):
+            return card
     return {}
 
 

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -721,6 +722,22 @@ def folder_files(folder: Path, split: str, above: tuple = ()) -> list[Path]:
     return [file for part in parts for file in part]
 
 
+@contextlib.contextmanager
+def quiet_hub() -> Iterator[None]:
+    """No warnings of the hub's libraries inside (each try of a request is one): what is wrong is
+    one line of ours."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@quiet_hub()
 def load_hub(source: HubSource, limit: int | None, split: str = "train") -> list[tuple]:
     """[(file, row number, record)] of a HubSource; a streamed one only up to limit rows. JSON and
     CSV repositories are read by read_file, since `datasets` infers types. It runs no code of a
@@ -746,7 +763,8 @@ def load_hub(source: HubSource, limit: int | None, split: str = "train") -> list
         name = source.path + (f" ({source.config})" if source.config else "")
         what = f"{name}, split {split}, from the Hugging Face hub"
         cause = f"{type(error).__name__}: {str(error)[:300]}"
-        raise UserError(f"cannot load {what}: {cause}") from None
+        advice = "; is there a network?" if isinstance(error, ConnectionError) else ""
+        raise UserError(f"cannot load {what}: {cause}{advice}") from None
 
 
 SPEC_FORM = re.compile(r"(?:(?P<label>[^=/\\#]+)=)?(?P<source>[^#]+)(?:#(?P<count>\d{1,20}))?")

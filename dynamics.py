@@ -366,6 +366,9 @@ def parse_references(items: list[str], constraints: list[str]) -> dict[str, tupl
             known = ", ".join(constraints) or "none"
             raise UserError(f"--reference {label}: is no constraint; constraints are {known}")
         rules[label] = (float(slack[1]) / 100, True) if slack else (float(level[0]), False)
+        if not abs(rules[label][0]) <= common.MOST:
+            problem = f"is too large, at most {common.MOST:,} is taken"
+            raise UserError(f"--reference {label}={str(text)[:40]}: {problem}")
     return rules
 
 

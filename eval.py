@@ -49,6 +49,7 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import ranks
 import runs
 import sandbox
 from data import HubSource, UserError
@@ -308,7 +309,8 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
         import datasets
 
         try:
-            local = datasets.DownloadManager().download(path)
+            with data.quiet_hub():
+                local = datasets.DownloadManager().download(path)
         except Exception as error:  # network and hub raise many types
             message = f"cannot load {path} from the Hugging Face hub: {cause(error)}"
             raise UserError(message) from None
@@ -1329,6 +1331,8 @@ def evaluate_model(model: Model, tasks: list[Task], args: Namespace) -> tuple[di
 @common.command_line
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if ranks.active():
+        raise UserError("eval.py runs in one process; start it with plain python, not torchrun")
     import datasets
 
     datasets.disable_progress_bars()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import ranks
-from data import UserError
+from data import UserError, quiet_hub
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "adapter_config.json"
@@ -155,7 +155,7 @@ def quiet_transformers() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet_hub():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -201,9 +201,11 @@ def loading_problem(name: str, error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError) and "eights only" in str(error):
         advice = "which is never run; save them as safetensors"
         return f"cannot be loaded: its weights are a pickle that may hold code, {advice}"
-    inside = Path(name, "final", "config.json")
+    problem, inside = "cannot be loaded", Path(name, "final", "config.json")
+    if "backend tokenizer" in str(error):
+        problem = "holds no tokenizer that can be read, is its tokenizer.json missing?"
     advice = f"; the run's model is {inside.parent}" if inside.exists() else ""
-    return f"cannot be loaded ({type(error).__name__}: {str(error)[:300]}){advice}"
+    return f"{problem} ({type(error).__name__}: {str(error)[:300]}){advice}"
 
 
 def drop_extra_tokens(tokenizer) -> None:

@@ -127,6 +127,7 @@ def when_stopped(advice: str) -> None:
 
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -136,6 +137,8 @@ def machine_trouble(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and isinstance(inner, OSError):
         error = inner
     text = str(error)
+    if ranks.active() and any(part in text for part in GONE):
+        return "another rank has ended, or does not answer; its own line says why"
     if isinstance(error, MemoryError) or any(part in text.lower() for part in MEMORY):
         advice = "try a smaller --micro_batch_size (eval.py: --batch_size), "
         advice += "--gradient_checkpointing, or --lora_rank 16"

@@ -12,9 +12,12 @@ import pickle
 import re
 import shlex
 import shutil
+import time
 import warnings
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -55,6 +58,7 @@ SHARED = {
     "log_every": POSITIVE,
     "eval_every": COUNT,
     "save_every": COUNT,
+    "save_minutes": REAL,
 }
 NUMBERS = {
     "sftmix": {
@@ -324,6 +328,12 @@ def models(folder, tokenizer):
     edited(copied("layers"), n_layer=3)
     edited(copied("heads"), n_head=5)
     (copied("card") / "cleansft.json").write_text("[1]")
+    adapter(folder / "pickled", base_model_name_or_path=str(whole))
+    (folder / "pickled" / "adapter_model.bin").write_bytes(pickle.dumps(Payload(folder / "ran")))
+    named = copied("remote_tokenizer") / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    named.write_text(json.dumps(own))
+    shutil.copy(folder / "remote" / "own.py", folder / "remote_tokenizer")
     adapter(folder / "orphan", base_model_name_or_path=str(folder / "gone"))
     adapter(folder / "nameless")
     adapter(folder / "itself", base_model_name_or_path=str(folder / "itself"))
@@ -500,6 +510,8 @@ cases("""
 * --model {vocabulary} | vocabulary:
 * --model {layers} | layers: 12 missing tensors for GPT2LMHeadModel
 * --model {heads} | heads: cannot be loaded
+* --model {pickled} | pickled: cannot be loaded: its weights are a pickle
+* --model {remote_tokenizer} | the tokenizer has no EOS token
 * --model {orphan} | adapter_config.json: its base | is not there
 * --model {nameless} | adapter_config.json: names no base
 * --model {itself} | itself:
@@ -579,6 +591,13 @@ sftmix --micro_batch_size 1 | --micro_batch_size 1: must be even
 sftmix --mu 0 --ntp_on none | leaves no loss
 sftmix --split thirds --ntp_on confident | --split thirds goes with --ntp_on full
 sftmix --epochs 2 | not allowed with argument
+sftmix --data {one.jsonl} | --split halves
+sftmix --data {two.jsonl} --split thirds | --split thirds
+sftmix --data {two.jsonl} --split thirds --partition random | --split thirds
+sftmix --data NINES | File name too long
+sftmix --model NINES | File name too long
+sftmix --template NINES | --template
+sftmix --confidence NINES | --confidence
 sftmix --nothing 2 | unrecognized arguments
 sftmix --lr | expected one argument
 sftmix --schedule square | invalid choice: 'square'
@@ -614,6 +633,8 @@ dynamics --reference test=1 | --reference test: is no constraint; constraints ar
 dynamics --reference test | --reference test: expected LABEL=NUMBER
 dynamics --reference test=low | --reference test=low: expected a level like 1.25
 dynamics --reference test=nan | --reference test=nan: expected a level
+dynamics --eval_data test={rows.jsonl} c=toy/copy --constraints c --reference c=9e999 | too large
+dynamics --eval_data test={rows.jsonl} c=toy/copy --constraints c --reference c=+9NINES% | too large
 dynamics --reference {no}.json | no.json: expected LABEL=NUMBER
 dynamics --reference {list.json} | list.json: expected LABEL=NUMBER
 dynamics --reference {null.json} | null.json: expected LABEL=NUMBER
@@ -680,6 +701,8 @@ eval --tasks gsm8k={no}.jsonl | no.jsonl: no such file or folder
 eval --tasks gsm8k={null.jsonl} | null.jsonl, row 1:
 eval --tasks gsm8k={rows.jsonl} | rows.jsonl, row 1: gsm8k needs columns
 eval --tasks hellaswag={rows.jsonl} | hellaswag
+eval --model NINES | File name too long
+eval --tasks bbq=NINES.jsonl | File name too long
 eval --max_length 2 | no example is left at --max_length 2
 """)
 
@@ -740,5 +763,30 @@ def test_bad_input_is_one_line(tmp_path, places, capfd, monkeypatch, script, fla
     line = refused(script, command(script, flags, places), tmp_path, capfd)
     for word in words:
         assert word in line
-    assert len(line) < 1000
+    assert len(line) < 1000 or "NINES" in flags
     assert not Path(places["ran"]).exists()
+
+
+@pytest.mark.parametrize("flag", ["--data", "--model"])
+def test_a_hub_that_cannot_be_reached(tmp_path, places, capfd, monkeypatch, flag):
+    """Without HF_HUB_OFFLINE the libraries try several times, with a report of each."""
+    tries = []
+    monkeypatch.setattr(time, "sleep", tries.append)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    argv = [*command("sftmix", "", places), flag, "nobody/nothing"]
+    line = refused("sftmix", argv, tmp_path, capfd)
+    assert tries
+    assert "nobody/nothing" in line
+    assert "network" in line or "internet connection" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(tmp_path, places, capfd):
+    argv = command("sftmix", "--data {locked.jsonl}", places)
+    assert "locked.jsonl: cannot be read" in refused("sftmix", argv, tmp_path, capfd)
+
+
+def test_a_card_that_is_none_of_ours_is_no_card(places):
+    assert common.read_card(places["card"]) == {}

@@ -569,7 +569,7 @@ def test_one_process_writes_a_folder(tmp_path, evaluated, capsys):
     with subprocess.Popen(command, stdin=pipe, stdout=pipe) as other:
         assert other.stdout.readline() == b"held\n"
         before = sorted(folder.rglob("*"))
-        assert f"{folder}: another process writes it" in fails(capsys, folder, *flags)
+        assert f"{folder}: another process writes into this folder" in fails(capsys, folder, *flags)
         assert sorted(folder.rglob("*")) == before
         other.communicate()
     assert run(folder, *flags) == run(folder, *flags)  # given up at the command's end
