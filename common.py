@@ -253,6 +253,56 @@ def batch_arithmetic(args: Namespace) -> str:
     return f"{parts} = {args.batch_size} examples a step"
 
 
+def memory_plan(model, args: Namespace, snapshot: bool) -> dict[str, int]:
+    """Bytes that this rank holds in training, by part. snapshot: of a method that tries steps. What
+    is sharded counts with this rank's part. Activations are an estimate: 34 numbers of the hidden
+    size a token and block (Korthikanti et al. 2022, table 2), 1 where they are recomputed."""
+    lm = causal_lm(model)
+    config, head = lm.config.get_text_config(), lm.get_output_embeddings().weight
+    size, layers = config.hidden_size, config.num_hidden_layers
+    own = sum(ranks.local(p).numel() for p in trainable(model)) * 4
+    weights = sum(ranks.local(p).numel() * p.element_size() for p in model.parameters())
+    parts = {"weights": weights, "gradients": own, "moments": 2 * own}
+    parts["snapshot"] = 3 * own if snapshot else 0
+    parts["head gradient"] = head.numel() * 4 if head.requires_grad else 0
+    if ranks.active():
+        blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or ())]
+        inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
+        everything = sum(p.numel() * p.element_size() for p in model.parameters())
+        # all but the blocks with its gradient, and two blocks on their way
+        parts["gathered"] = 2 * (everything - sum(inside)) + 2 * max(inside, default=0)
+    longest = args.micro_batch_size * args.max_length
+    kept = layers + 34 if args.gradient_checkpointing else 34 * layers
+    parts["activations"] = longest * size * kept * (2 if args.dtype == "bf16" else 4)
+    parts["logits"] = 3 * 4 * chunk_rows(len(head), model.device) * len(head)
+    return parts
+
+
+def print_memory(model, args: Namespace, snapshot: bool = False) -> None:
+    """What memory_plan says, and what is free on a GPU. Raises UserError where gradients and
+    moments alone do not fit."""
+    parts, free = memory_plan(model, args, snapshot), math.inf
+    listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items() if size)
+    line = f"plan  GB a rank: {listed}; together {sum(parts.values()) / 1e9:.2f}"
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+        line += f"; free beside the weights {free / 1e9:.2f}"
+    print(line)
+    rest = sum(parts.values()) - parts["weights"]
+    if rest <= free:
+        return
+    sharded = sum(parts[name] for name in ("weights", "gradients", "moments", "snapshot"))
+    room = parts["weights"] + free - (sum(parts.values()) - sharded)
+    advice = (
+        "--lora_rank 16, --gradient_checkpointing, a smaller --micro_batch_size or --max_length"
+    )
+    if room > 0:
+        advice += f", or torchrun --nproc_per_node {math.ceil(sharded * ranks.world() / room)}"
+    if parts["gradients"] + parts["moments"] > free:
+        raise UserError(f"--model {args.model}: its training does not fit this GPU; try {advice}")
+    print(f"warning: this may not fit the GPU; if it does not: {advice}")
+
+
 def check_gradients(model, example: Example, dtype: str) -> None:
     """Raise UserError unless a backward pass reaches every trainable parameter (LoRA +
     checkpointing can cut it off). Experts that no token is routed to are excused."""

@@ -948,6 +948,7 @@ def main(argv=None):
     rules = parse_references(args.reference, args.constraints)
     model, tokenizer = common.setup(args)
     problem = make_problem(datasets, eval_datasets, tokenizer, args)
+    common.print_memory(model, args, snapshot=args.mixture == "dynamics")
     common.check_gradients(model, problem.examples[0][0], args.dtype)
     config = common.data_config(datasets, eval_datasets, sum(problem.examples, []))
     config |= {"update_steps": problem.updates, "validation_rows": problem.rows}

@@ -425,6 +425,8 @@ def main(argv=None):
     parts = data.encode_datasets(datasets, tokenizer, args.max_length)
     arms = {dataset.label: part for dataset, part in zip(datasets, parts)}
     eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
+    tries = args.sampling == "dynamix" and args.lookahead == "virtual"
+    common.print_memory(model, args, snapshot=tries)
     common.check_gradients(model, parts[0][0], args.dtype)
     config = common.data_config(datasets, eval_datasets, sum(parts, []))
     run.open(**config)

@@ -648,6 +648,7 @@ def main(argv=None):
     if perplexity is not None:
         scored &= set(np.flatnonzero(np.isfinite(perplexity).all(0)).tolist())
     check_halves(sorted(scored & set(examples)), source, args)
+    common.print_memory(model, args)
     common.check_gradients(model, next(iter(examples.values())), args.dtype)
     config = common.data_config(datasets, eval_datasets, examples.values())
     run.open(**config)
