@@ -145,11 +145,12 @@ def machine_trouble(error: Exception) -> str | None:
         return f"out of memory ({text.splitlines()[0][:200] if text else 'MemoryError'}); {advice}"
     if isinstance(error, OSError):
         where = f": {error.filename}" if error.filename else ""
-        advice = "; make room or give the rights, or choose another --output_dir"
+        then = _stop.advice if "--" in _stop.advice else "or choose another --output_dir"
+        advice = f"; make room or give the rights, {then}"
         cause = f"{error.strerror or text or type(error).__name__}{where}"
         return cause + (advice if error.errno in DISK else "")
     if type(error).__name__ == "SafetensorError" and "os error" in text:
-        return f"{text}; make room, or choose another --output_dir"
+        return f"{text}; make room; {_stop.advice}"
     return None
 
 
