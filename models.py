@@ -359,7 +359,7 @@ def load_trainable(name: str, args: Namespace, device: torch.device | None = Non
     return model, tokenizer
 
 
-def place(model):
+def place(model: torch.nn.Module) -> torch.nn.Module:
     """A model on the CPU -> on this process's device; under torchrun its part of it."""
     if not ranks.active():
         return model.to(pick_device())
