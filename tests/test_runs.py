@@ -88,8 +88,8 @@ def spawn(script, folder, *flags):
     [("sftmix", "TERM", 143), ("dynamix_sft", "INT", 130), ("dynamics", "HUP", 129)],
 )
 def test_a_signal_saves_a_checkpoint(tmp_path, script, number, status, capsys):
-    """The step is finished, the checkpoint holds it, and the resumed run is the uninterrupted
-    one."""
+    """The step is finished, the checkpoint holds it, and the resumed run is the uninterrupted one;
+    so it is after a SIGKILL, from the last checkpoint."""
     length = ["--max_steps", 40, "--save_every", 0]
     process = spawn(script, tmp_path / "run", *length)
     process.send_signal(getattr(signal, f"SIG{number}"))
@@ -104,6 +104,13 @@ def test_a_signal_saves_a_checkpoint(tmp_path, script, number, status, capsys):
     start(script, tmp_path / "whole", *length)
     assert records(tmp_path / "run") == records(tmp_path / "whole")
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    process = spawn(script, tmp_path / "killed", *length[:2], "--save_every", 2)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    start(script, tmp_path / "killed", "--resume")
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
 def in_child(work):
