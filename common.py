@@ -254,6 +254,11 @@ def batch_arithmetic(args: Namespace) -> str:
     return f"{parts} = {args.batch_size} examples a step"
 
 
+def whole_bytes(module: torch.nn.Module) -> int:
+    """Of its parameters, over all ranks."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 def memory_plan(model, args: Namespace, snapshot: bool) -> dict[str, int]:
     """Bytes that this rank holds in training, by part. snapshot: of a method that tries steps. What
     is sharded counts with this rank's part. Activations are an estimate: 34 numbers of the hidden
@@ -268,8 +273,7 @@ def memory_plan(model, args: Namespace, snapshot: bool) -> dict[str, int]:
     parts["head gradient"] = head.numel() * 4 if head.requires_grad else 0
     if ranks.active():
         blocks = [m for m in lm.modules() if type(m).__name__ in (lm._no_split_modules or ())]
-        inside = [sum(p.numel() * p.element_size() for p in block.parameters()) for block in blocks]
-        everything = sum(p.numel() * p.element_size() for p in model.parameters())
+        inside, everything = [*map(whole_bytes, blocks)], whole_bytes(model)
         # all but the blocks with its gradient, and two blocks on their way
         parts["gathered"] = 2 * (everything - sum(inside)) + 2 * max(inside, default=0)
     longest = args.micro_batch_size * args.max_length

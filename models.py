@@ -279,21 +279,26 @@ def load_weights(name: str, seed: int, storage: torch.dtype):
     return model
 
 
+def read_config(name: str):
+    """transformers' config of the model `name`, an adapter's that of its base."""
+    import transformers
+
+    while (Path(name) / ADAPTER).exists():
+        name = find_base(Path(name) / ADAPTER)[0]
+    if name == "tiny":
+        return tiny_model().config
+    folder, options = find_model(name)
+    return transformers.AutoConfig.from_pretrained(folder, **options, **NO_CODE)
+
+
 def empty_model(name: str, storage: torch.dtype):
     """The model `name` with parameters that hold nothing, nor take memory until they are written:
     ranks.shard fills them."""
     import transformers
 
-    while (Path(name) / ADAPTER).exists():
-        name = find_base(Path(name) / ADAPTER)[0]
     with torch.device("meta"):
-        if name == "tiny":
-            model = tiny_model()
-        else:
-            folder, options = find_model(name)
-            config = transformers.AutoConfig.from_pretrained(folder, **options, **NO_CODE)
-            make = transformers.AutoModelForCausalLM.from_config
-            model = make(config, dtype=storage, **NO_CODE)
+        make = transformers.AutoModelForCausalLM.from_config
+        model = make(read_config(name), dtype=storage, **NO_CODE)
     model.to_empty(device="cpu").tie_weights()
     cast(model.parameters(), storage)
     model.base_dtype = torch.float32
@@ -306,32 +311,52 @@ def cast(parameters: Iterable, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def load_model(name: str, device: torch.device, seed: int = 0, storage=torch.float32):
-    """-> (model, tokenizer), weights stored as `storage`: fp32 master weights, since bf16 ones lose
-    updates of lr 2e-6. A folder with an adapter gives its base with the adapter merged in. Raises
-    UserError."""
+def read_tokenizer(name: str):
+    """The tokenizer of the model `name`. Raises UserError where it knows no text."""
     from transformers import AutoTokenizer
 
     folder, options = find_model(name)
-    try:
-        with quiet_transformers():
-            model = load_weights(name, seed, storage)
-            if name == "tiny":
-                tokenizer = tiny_tokenizer()
-            else:
-                tokenizer = AutoTokenizer.from_pretrained(folder, **options, **NO_CODE)
-            if options:
-                drop_extra_tokens(tokenizer)
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises many types, with messages of many lines
-        raise UserError(f"--model {name}: {loading_problem(name, error)}") from None
-    if ranks.rank() == 0:  # the others' weights hold nothing yet
-        refuse_nan(name, model)
+    if name == "tiny":
+        tokenizer = tiny_tokenizer()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options, **NO_CODE)
+    if options:
+        drop_extra_tokens(tokenizer)
     vocabulary = set(tokenizer.get_vocab().values())
     if len(vocabulary - set(tokenizer.added_tokens_decoder)) < 2:  # what is built out of no file
         problem = "holds no tokenizer that knows any text; is its tokenizer.json missing?"
         raise UserError(f"--model {name}: {problem}")
+    return tokenizer
+
+
+@contextlib.contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """What transformers raises inside, many types with messages of many lines, is a UserError."""
+    try:
+        with quiet_transformers():
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--model {name}: {loading_problem(name, error)}") from None
+
+
+def load_tokenizer(name: str) -> tuple[Any, int]:
+    """-> the tokenizer of a model, and how many positions that has; its weights are not read.
+    Raises UserError."""
+    with one_line(name):
+        return read_tokenizer(name), positions(read_config(name))
+
+
+def load_model(name: str, device: torch.device, seed: int = 0, storage=torch.float32):
+    """-> (model, tokenizer), weights stored as `storage`: fp32 master weights, since bf16 ones lose
+    updates of lr 2e-6. A folder with an adapter gives its base with the adapter merged in. Raises
+    UserError."""
+    with one_line(name):
+        model = load_weights(name, seed, storage)
+        tokenizer = read_tokenizer(name)
+    if ranks.rank() == 0:  # the others' weights hold nothing yet
+        refuse_nan(name, model)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         counts = f"the tokenizer has {len(tokenizer):,} tokens, the model embeds only {rows:,}"
@@ -340,7 +365,7 @@ def load_model(name: str, device: torch.device, seed: int = 0, storage=torch.flo
     return model.to(device), tokenizer
 
 
-def load_trainable(name: str, args: Namespace, device: torch.device | None = None):
+def load_trainable(name: str, args: Namespace):
     """-> (model, tokenizer) ready to be trained as the shared flags say. Under LoRA with bf16 the
     frozen base is bf16 and the adapter fp32. Raises UserError."""
     gc.collect()  # what a deleted model held
@@ -354,12 +379,12 @@ def load_trainable(name: str, args: Namespace, device: torch.device | None = Non
             model = add_adapter(model, args)
         if args.gradient_checkpointing:
             enable_checkpointing(model)
-    model = model.to(device) if device else place(model)
+    model = place(model)
     check_head(model)
     return model, tokenizer
 
 
-def place(model):
+def place(model: torch.nn.Module) -> torch.nn.Module:
     """A model on the CPU -> on this process's device; under torchrun its part of it."""
     if not ranks.active():
         return model.to(pick_device())
@@ -405,10 +430,14 @@ def trainable(model) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def max_positions(model) -> int:
-    config = model.config.get_text_config()
+def positions(config) -> int:
+    config = config.get_text_config()
     own = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return own or 2048
+
+
+def max_positions(model: torch.nn.Module) -> int:
+    return positions(model.config)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

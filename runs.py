@@ -218,7 +218,7 @@ def release_locks() -> None:
 
 # ---- State of a model ----------------------------------------------------------------------------
 def rng_state() -> dict:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []  # this process's GPU
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 
 
@@ -232,7 +232,7 @@ def same_rng(state: dict) -> bool:
 def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 def trainable_state(model) -> dict[str, Tensor]:

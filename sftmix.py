@@ -467,12 +467,12 @@ def reference_examples(datasets: list, examples: dict, args: Namespace) -> dict[
     """The rows as the reference's own tokenizer and template have them."""
     if not args.ref_model:
         return examples
-    ref, tokenizer = common.load_trainable(args.ref_model, args, torch.device("cpu"))
+    tokenizer, positions = common.load_tokenizer(args.ref_model)
     template = "auto" if args.template == "chat" else args.template
     template = data.pick_template(template, tokenizer)
     tokenizer = data.with_template(tokenizer, template, args.template_date)
     print(f"reference {args.ref_model}: template {template}")
-    longest = min(args.max_length, common.max_positions(ref))
+    longest = min(args.max_length, positions)
     copies = [replace(dataset) for dataset in datasets]  # what it leaves out is not the run's
     return encode_rows(copies, tokenizer, longest)
 

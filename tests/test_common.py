@@ -121,7 +121,7 @@ def detached(module, inputs, output):
 
 def test_lora_with_checkpointing_gets_gradients(tokenizer):
     args = sftmix.parse_args(["--lora_rank", "2", "--gradient_checkpointing"])
-    model, _ = common.load_trainable("tiny", args, CPU)
+    model, _ = common.load_trainable("tiny", args)
     example = encode_one(Row((("user", "u"),), "answer"), tokenizer)
     common.check_gradients(model, example, "fp32")
     assert all(p.grad is None for p in model.parameters())

@@ -66,7 +66,7 @@ def flags_for(page):
     name = Path(page).stem + ".py"
     shared = ["common.py", "plots.py", "benchmarks/speed.py", "benchmarks/batches.py"]
     paths = [*shared, name, f"benchmarks/{name}"]
-    if name in ("README.py", "eval.py", "reliability.py"):
+    if name in ("README.py", "eval.py", "reliability.py", "distributed.py"):
         paths = ["common.py", *SCRIPTS]
     return set().union(*map(flags_in, paths))
 
@@ -101,9 +101,12 @@ def test_named_figures_are_drawn(page):
     assert not [name for name in figures if f"plot_{name}" not in names_in("plots.py")]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "docs/eval.md", "docs/reliability.md"])
+@pytest.mark.parametrize(
+    "page", [*PAGES, "docs/eval.md", "docs/reliability.md", "docs/distributed.md"]
+)
 def test_flags_exist(page):
-    text = re.sub(r"-m pytest .*", "", read(page))  # pytest's own flags
+    text = re.sub(r"-m pytest .*", "", read(page))  # pytest's own flags, and torchrun's
+    text = re.sub(r"torchrun --standalone --nproc_per_node \w+", "", text)
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert named
     assert not sorted(named - flags_for(page))

@@ -316,7 +316,7 @@ def test_rewards_leave_no_trace(tokenizer, model_folder, kind, flags):
     torch.manual_seed(0)
     if kind == "lora":
         adapter = make_args("--lora_rank", "2", "--lora_dropout", "0.2")
-        model, _ = common.load_trainable(model_folder("llama"), adapter, CPU)
+        model, _ = common.load_trainable(model_folder("llama"), adapter)
     else:
         model = dropout_model() if kind == "dropout" else random_model("llama")
     optimizer = trained(model, arms, args, 0 if kind == "cold" else 3)
