@@ -754,9 +754,11 @@ class Run:
         if model is not lm:  # else PEFT asks the hub for the base's vocabulary
             own["save_embedding_layers"] = False
         lm.config.use_cache = True  # as it came: users generate with what we save
+        generation, ends = lm.generation_config, data.end_tokens(tokenizer)
+        lm.generation_config = type(generation)()  # transformers 5.0 refuses a hub model's own
         model.save_pretrained(temporary, **own)
-        lm.config.use_cache = False
-        generation, ends = lm.generation_config.to_diff_dict(), data.end_tokens(tokenizer)
+        lm.config.use_cache, lm.generation_config = False, generation
+        generation = generation.to_diff_dict()
         generation.pop("_from_model_config", None)  # else config.json could take its place
         generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         write_json(temporary / "generation_config.json", generation)
