@@ -73,7 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, **options)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {message} (see --help)\n" if ranks.speaks() else None)
 
 
 MOST, MOST_STEPS = 10**9, 10**7  # of a number in a flag; beyond them a run would hang or overflow
@@ -250,6 +250,7 @@ def batch_arithmetic(args: Namespace) -> str:
     micro = min(args.micro_batch_size, args.batch_size)
     times = math.ceil(args.batch_size / (micro * ranks.world()))
     parts = f"micro-batch {micro} x accumulation {times} x {ranks.world()} rank"
+    parts += "s" * (ranks.world() > 1)
     return f"{parts} = {args.batch_size} examples a step"
 
 

@@ -417,13 +417,13 @@ def enable_checkpointing(model) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if hasattr(model, "peft_config"):
+    if model is not causal_lm(model):
         model.enable_input_require_grads()  # else the frozen embedding cuts the gradient off
 
 
 def causal_lm(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trainable(model) -> list[torch.nn.Parameter]:

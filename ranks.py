@@ -46,12 +46,24 @@ def join() -> None:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
-        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        start = tqdm.__init__
+        tqdm.__init__ = lambda bar, *args, **more: start(bar, *args, **{**more, "disable": True})
 
 
 def leave() -> None:
     if active():
         dist.destroy_process_group()
+
+
+def speaks() -> bool:
+    """Whether this rank is the first of all to ask: what ends a command is said once. The cause
+    comes before its consequences: a rank says why before the others find it gone."""
+    if not active():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("said", 1) == 1
+    except RuntimeError:  # torchrun, which keeps the store, is gone
+        return True
 
 
 def _device() -> torch.device:

@@ -60,9 +60,7 @@ def command_line(main: Callable) -> Callable:
 
 
 def _run_command(main: Callable, argv: list[str] | None = None):
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        handlers = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    handlers = _handle(_on_signal)
     try:
         ranks.join()
         result = main(argv)
@@ -72,8 +70,6 @@ def _run_command(main: Callable, argv: list[str] | None = None):
         _exit(2, f"error: {error}")
     except (Stopped, KeyboardInterrupt) as stop:
         number, after = getattr(stop, "number", signal.SIGINT), getattr(stop, "after", "")
-        if ranks.rank():
-            raise SystemExit(128 + number) from None  # rank 0 says it
         _exit(128 + number, f"{signal.Signals(number).name}: stopped; {after}{_stop.advice}")
     except Exception as error:
         line = machine_trouble(error)
@@ -87,26 +83,31 @@ def _run_command(main: Callable, argv: list[str] | None = None):
             signal.signal(number, handler)
 
 
+def _handle(handler) -> dict:
+    """Handle signals so from now on -> how each was handled. Only the main thread can."""
+    main = threading.current_thread() is threading.main_thread()
+    return {number: signal.signal(number, handler) for number in SIGNALS} if main else {}
+
+
 def _exit(status: int, line: str):
-    if ranks.rank():
-        time.sleep(3)  # rank 0 says it for all, unless it is well
+    _handle(signal.SIG_IGN)  # torchrun ends all ranks once one has ended: the line comes first
     for bar in list(tqdm._instances):
         bar.close()  # the line is the last one
-    print(" ".join(line.split()), file=sys.stderr)
+    if ranks.speaks():
+        start = "\n" if ranks.rank() else ""  # rank 0 may have a bar in this line
+        print(start + " ".join(line.split()), file=sys.stderr)
     raise SystemExit(status) from None
 
 
 def _on_signal(number: int, frame) -> None:
     """The first signal lets a training loop finish its step, the second is the system's own."""
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_DFL)
+    _handle(signal.SIG_DFL)
     if not _stop.waits:
         raise Stopped(number)
     _stop.number = number
     text = "a checkpoint follows after this step; once more ends at once"
-    os.write(
-        2, f"\n{signal.Signals(number).name}: {text}\n".encode()
-    )  # print may be in the middle of a line
+    if not ranks.rank():  # print may be in the middle of a line
+        os.write(2, f"\n{signal.Signals(number).name}: {text}\n".encode())
 
 
 @contextlib.contextmanager
@@ -138,7 +139,7 @@ def machine_trouble(error: Exception) -> str | None:
         error = inner
     text = str(error)
     if ranks.active() and any(part in text for part in GONE):
-        return "another rank has ended, or does not answer; its own line says why"
+        return "another rank has ended, or does not answer: see its own lines or torchrun's"
     if isinstance(error, MemoryError) or any(part in text.lower() for part in MEMORY):
         advice = "try a smaller --micro_batch_size (eval.py: --batch_size), "
         advice += "--gradient_checkpointing, or --lora_rank 16"
@@ -753,9 +754,11 @@ class Run:
         if model is not lm:  # else PEFT asks the hub for the base's vocabulary
             own["save_embedding_layers"] = False
         lm.config.use_cache = True  # as it came: users generate with what we save
+        generation, ends = lm.generation_config, data.end_tokens(tokenizer)
+        lm.generation_config = type(generation)()  # transformers 5.0 refuses a hub model's own
         model.save_pretrained(temporary, **own)
-        lm.config.use_cache = False
-        generation, ends = lm.generation_config.to_diff_dict(), data.end_tokens(tokenizer)
+        lm.config.use_cache, lm.generation_config = False, generation
+        generation = generation.to_diff_dict()
         generation.pop("_from_model_config", None)  # else config.json could take its place
         generation["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         write_json(temporary / "generation_config.json", generation)

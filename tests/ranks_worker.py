@@ -1,8 +1,8 @@
 """Runs jobs under torchrun for tests/test_ranks.py: torchrun ... ranks_worker.py JOBS.json.
 
-A job: {"script", "flags", "stop": [rank, step] or null, "copy": [from, to] or null}. With stop that
-rank gets a SIGTERM when it has done that many steps. Rank 0 writes JOBS.json.out: exit statuses and
-what each rank holds."""
+A job: {"script", "flags"}, and perhaps "copy": [from, to]; "stop", "kill" or "error": [rank, step].
+That rank gets a SIGTERM, a SIGKILL or a UserError when it has done that many steps. Rank 0 writes
+JOBS.json.out: exit statuses and what each rank holds."""
 
 import importlib
 import json
@@ -23,14 +23,18 @@ held = []
 
 
 def watched(save):
-    """Run.due, with a signal at the step that the job says, and a look at what is held."""
+    """Run.due, with what the job says to happen at a step."""
 
     def due(run, done, steps):
-        if due.stop == [ranks.rank(), done]:
-            os.kill(os.getpid(), signal.SIGTERM)
+        now = [ranks.rank(), done]
+        for name, number in (("stop", signal.SIGTERM), ("kill", signal.SIGKILL)):
+            if due.job.get(name) == now:
+                os.kill(os.getpid(), number)
+        if due.job.get("error") == now:
+            raise common.UserError("rank 1 is unwell")
         return save(run, done, steps)
 
-    due.stop = None
+    due.job = {}
     return due
 
 
@@ -59,11 +63,13 @@ def main():
         if job.get("copy") and ranks.rank() == 0:
             shutil.copytree(*job["copy"])
         ranks.barrier()
-        due.stop, status = job.get("stop"), 0
+        due.job, status = job, 0
         try:
             importlib.import_module(job["script"]).main(job["flags"])
         except SystemExit as stop:
             status = stop.code
+            if "error" in job or "kill" in job:
+                raise  # the others are not to be waited for
         results.append({"status": status, "held": ranks.gather(list(held))})
     if ranks.rank() == 0:
         Path(f"{path}.out").write_text(json.dumps(results))

@@ -35,14 +35,19 @@ def flags(name, folder):
     return [*JOBS[name].split(), "--output_dir", str(folder)]
 
 
-def torchrun(path, jobs, processes=2):
-    """-> what tests/ranks_worker.py found out."""
+def start(path, jobs, processes=2):
+    """-> the finished torchrun of tests/ranks_worker.py, with all that was printed."""
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += ["--standalone", str(ROOT / "tests" / "ranks_worker.py"), str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    done = subprocess.run(command, env=environment, timeout=240, **streams)
+    return subprocess.run(command, env=environment, timeout=240, **streams)
+
+
+def torchrun(path, jobs, processes=2):
+    """-> what tests/ranks_worker.py found out."""
+    done = start(path, jobs, processes)
     assert done.returncode == 0, done.stdout[-4000:]
     return read_json(f"{path}.out")
 
@@ -133,6 +138,23 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(place):
     shutil.copytree(folder / "cut-2", folder / "resumed-1")
     sftmix.main(["--resume", str(folder / "resumed-1")])
     close(plain(folder / "resumed-1"), plain(folder / "sftmix-2"))
+
+
+@pytest.mark.parametrize(
+    "fail, line",
+    [
+        ("error", "error: rank 1 is unwell"),
+        ("kill", "error: another rank has ended, or does not answer: see its own lines or"),
+    ],
+    ids=["error", "kill"],
+)
+def test_a_rank_that_fails_ends_all_with_one_line(tmp_path, fail, line):
+    job = {"script": "sftmix", "flags": flags("sftmix", tmp_path / "run"), fail: [1, 3]}
+    done = start(tmp_path / "jobs.json", [job])
+    said = [text for text in done.stdout.splitlines() if "error: " in text]
+    assert done.returncode == 1 and len(said) == 1 and line in said[0]
+    assert "[rank" not in done.stdout  # a rank's traceback
+    assert (tmp_path / "run" / "checkpoint" / "SHA256SUMS").exists()
 
 
 def test_a_run_of_one_process_goes_on_with_two(place):

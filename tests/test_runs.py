@@ -16,7 +16,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import error_line, killed_at, read_json, read_jsonl, records, same, to_jsonl, weights
+from conftest import (
+    adamw,
+    error_line,
+    killed_at,
+    read_json,
+    read_jsonl,
+    records,
+    same,
+    to_jsonl,
+    weights,
+)
 
 import common
 import dynamics
@@ -372,7 +382,7 @@ def test_sha256_of_a_checkpoint(cut, capsys):
     """One flipped bit anywhere is noticed, as are a cut and a missing file; nothing is touched."""
     state = cut / "checkpoint" / "state.pt"
     content = state.read_bytes()
-    listed = (cut / "checkpoint" / "state.pt.sha256").read_text()
+    listed = (cut / "checkpoint" / "SHA256SUMS").read_text()
     assert listed == f"{hashlib.sha256(content).hexdigest()}  state.pt\n"
     for at in (100, len(content) // 2, len(content) - 5):
         damaged = bytearray(content)
@@ -589,7 +599,8 @@ def test_given_flags_are_kept(tmp_path):
     with pytest.raises(UserError, match="data fingerprint differs"):
         (tmp_path / "checkpoint").mkdir()
         state = {"metrics_offset": 0, "time": {}, "seconds": 0.0}
-        runs.write_checkpoint(tmp_path, state)
+        model = common.tiny_model()
+        runs.write_checkpoint(tmp_path, state, model, adamw(model))
         again = Namespace(**{**vars(args), "resume": True})
         common.Run("dynamix_sft", again).open(data_fingerprint="y")
     runs.release_locks()
