@@ -445,7 +445,8 @@ def time_throughput(args: argparse.Namespace) -> None:
     if ranks.active():
         raise UserError("--trl: TRL is timed in one process; leave torchrun away")
     for variant in ("plain", "trl-packed"):
-        subprocess.run(only(variant, args))
+        if subprocess.run(only(variant, args)).returncode:
+            raise UserError(f"{variant} failed; its own line or traceback is above")
 
 
 # ---- whole epochs of the script

@@ -120,6 +120,14 @@ def test_throughput_of_two_ranks(speed):
     assert flop == pytest.approx(speed.flop_a_token(shape(speed, "a"), examples), rel=1e-3)
 
 
+def test_trl_is_asked_for_in_a_line(speed, capsys, monkeypatch):
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        speed.main(["--trl"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --trl needs: pip install trl\n"
+
+
 # ---- docs/performance.md
 
 
