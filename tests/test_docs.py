@@ -68,6 +68,8 @@ def flags_for(page):
     paths = [*shared, name, f"benchmarks/{name}"]
     if name in ("README.py", "eval.py", "reliability.py", "distributed.py"):
         paths = ["common.py", *SCRIPTS]
+    if name == "performance.py":
+        paths = ["common.py", "benchmarks/speed.py", "dynamics.py"]
     return set().union(*map(flags_in, paths))
 
 
@@ -86,7 +88,7 @@ def test_imports_in_readme_exist():
         assert set(names.split(", ")) <= names_in(f"{module}.py")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/performance.md"])
 def test_named_files_exist(page):
     files = set(re.findall(r"`((?:benchmarks/|tests/)?\w+\.(?:py|sh))[`:]", read(page)))
     files |= set(re.findall(r"python ((?:benchmarks/)?\w+\.py)", read(page)))
@@ -101,12 +103,14 @@ def test_named_figures_are_drawn(page):
     assert not [name for name in figures if f"plot_{name}" not in names_in("plots.py")]
 
 
-@pytest.mark.parametrize(
-    "page", [*PAGES, "docs/eval.md", "docs/reliability.md", "docs/distributed.md"]
-)
+MORE_PAGES = ["docs/eval.md", "docs/reliability.md", "docs/distributed.md", "docs/performance.md"]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES])
 def test_flags_exist(page):
-    text = re.sub(r"-m pytest .*", "", read(page))  # pytest's own flags, and torchrun's
-    text = re.sub(r"torchrun --standalone --nproc_per_node \w+", "", text)
+    text = re.sub(
+        r"-m pytest .*|--standalone|--nproc_per_node \w+", "", read(page)
+    )  # pytest's, torchrun's own
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert named
     assert not sorted(named - flags_for(page))
