@@ -520,8 +520,11 @@ def read_checkpoint(folder: Path) -> dict | None:
     state = torch.load(place / "state.pt", map_location="cpu", weights_only=True, mmap=True)
     if (place / "shards").exists():
         state["shards"] = str(place / "shards")
-    if ranks.active() and state["world"] == ranks.world():
-        state["rng"] = torch.load(place / f"rng-{ranks.rank()}.pt", weights_only=True)
+    own = place / f"rng-{ranks.rank()}.pt"
+    if state["world"] != ranks.world():
+        state.pop("rng", None)  # of other ranks: each has its seed
+    elif own.exists():
+        state["rng"] = torch.load(own, weights_only=True)
     return state
 
 
