@@ -650,17 +650,16 @@ def main(argv=None):
     check_halves(sorted(scored & set(examples)), source, args)
     common.print_memory(model, args)
     common.check_gradients(model, next(iter(examples.values())), args.dtype)
-    config = common.data_config(datasets, eval_datasets, examples.values())
-    run.open(**config)
+    step_1_is_over = run.state and run.state["stage"] == "train"
+    if reference and args.ref_model and not step_1_is_over:  # before anything is written
+        del model
+        model = common.load_trainable(args.ref_model, args)[0]
+    run.open(**common.data_config(datasets, eval_datasets, examples.values()))
     if args.show_batch:
         data.show_examples(examples.values(), tokenizer)
-    step_1_is_over = run.state and run.state["stage"] == "train"
     if reference and step_1_is_over:
         perplexity = read_confidence(run.folder / "confidence.jsonl", fingerprint, len(source))
     elif reference:
-        if args.ref_model:
-            del model
-            model = common.load_trainable(args.ref_model, args)[0]
         rows = np.array(sorted(by_row))
         perplexity = reference_perplexities(model, reference, rows, source, args, run)
         del model
