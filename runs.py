@@ -359,9 +359,10 @@ def read_config(folder: Path) -> dict:
         return {}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(config["flags"], dict) and config["script"]
-        return config
-    except (ValueError, KeyError, TypeError, AssertionError):
+        if isinstance(config["flags"], dict) and config["script"]:
+            return config
+        raise ValueError
+    except (ValueError, KeyError, TypeError):
         advice = "choose another --output_dir; its checkpoint cannot be resumed"
         raise UserError(f"{path}: is damaged, or not of a run; {advice}") from None
 

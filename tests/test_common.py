@@ -494,3 +494,27 @@ def test_shared_flags_are_the_same_in_every_script(script, capsys):
     for name, (options, text) in shared_flags().items():
         assert options[0] in shown, name
         assert "".join(text.replace("%%", "%").split()) in shown, name
+
+
+def test_memory_that_does_not_fit_is_said(monkeypatch, capsys):
+    """The plan's bytes by hand; refused where gradients and moments alone do not fit a GPU, warned
+    of where the estimate of the rest does not."""
+    model = common.tiny_model()
+    args = argparse.Namespace(micro_batch_size=2, max_length=64, dtype="fp32", model="tiny")
+    args.gradient_checkpointing = False
+    size = 4 * sum(p.numel() for p in model.parameters())
+    parts = common.memory_plan(model, args, snapshot=True)
+    assert (parts["weights"], parts["gradients"], parts["moments"]) == (size, size, 2 * size)
+    assert (parts["snapshot"], parts["head gradient"]) == (3 * size, 4 * 259 * 128)
+    assert parts["activations"] == 2 * 64 * 128 * 34 * 4 * 4
+    args.gradient_checkpointing, args.dtype = True, "bf16"
+    assert common.memory_plan(model, args, False)["activations"] == 2 * 64 * 128 * (4 + 34) * 2
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    for free, said in ((3 * size, "warning: this may not fit"), (2**50, "free beside the weights")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, free))
+        common.print_memory(model, args)
+        out = capsys.readouterr().out
+        assert said in out and ("warning" in out) == (free < 2**50)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * size - 1, size))
+    with pytest.raises(UserError, match="does not fit this GPU; try --lora_rank 16"):
+        common.print_memory(model, args)
