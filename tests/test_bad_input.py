@@ -760,6 +760,8 @@ def test_bad_input_is_one_line(tmp_path, places, capfd, monkeypatch, script, fla
     monkeypatch.setattr(data, "TEMPLATE_SECONDS", 1)
     if re.search("--tasks (''|rows|humaneval|gsm8k|hellaswag)", flags):
         pytest.importorskip("lm_eval")
+    if "bad.gguf" in flags:
+        pytest.importorskip("gguf")
     line = refused(script, command(script, flags, places), tmp_path, capfd)
     for word in words:
         assert word in line
