@@ -33,7 +33,7 @@ import common
 import data
 import plots
 import ranks
-from data import Example, UserError, data_rng
+from data import Example, Examples, UserError, data_rng
 
 EPSILON = 1e-6  # ε of the reward; the paper gives no value. fp32 losses below it are rounding
 
@@ -192,7 +192,7 @@ def next_updates(model, optimizer, lr: float, max_grad_norm: float) -> Iterator[
 
 
 def arm_rewards(
-    model, optimizer, arms: dict[str, list[Example]], step: int, lr: float, args: Namespace
+    model, optimizer, arms: dict[str, Examples], step: int, lr: float, args: Namespace
 ) -> np.ndarray:
     """Raw rewards of all datasets after `step` optimizer steps, from one state; nothing remains.
 
@@ -243,7 +243,7 @@ def arm_rewards(
 
 # ---- The loop ------------------------------------------------------------------------------------
 @common.finish_step()
-def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, args, run):
+def train(model, arms: dict[str, Examples], eval_sets: dict, plan: dict, args, run):
     """Train model on the datasets arms {label: examples} for plan["steps"] optimizer steps, from
     where the run's checkpoint stopped.
     -> {"steps", "examples", "tokens", "updates"}, {label: how often it was drawn (mixture_rows)}"""
@@ -251,7 +251,7 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed + ranks.rank())  # of dropout
-    labels, pool = list(arms), [example for arm in arms.values() for example in arm]
+    labels, pool = list(arms), Examples.join([*arms.values()])
     sizes = np.array([*map(len, arms.values())])
     proportions, uniform = sizes / sizes.sum(), np.full(len(arms), 1 / len(arms))
     prior, values = proportions if args.prior else uniform, np.zeros(len(arms))
@@ -389,7 +389,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def make_plan(arms: dict[str, list[Example]], args: Namespace) -> dict[str, int]:
+def make_plan(arms: dict[str, Examples], args: Namespace) -> dict[str, int]:
     """How long the run is -> {"steps", "steps_per_epoch"}; printed."""
     total = sum(map(len, arms.values()))
     per_epoch = len(common.batch_sizes(total, args.batch_size))
@@ -420,18 +420,18 @@ def main(argv=None):
     run = common.Run("dynamix_sft", args)
     if run.finished:
         return
-    datasets, eval_datasets = common.load_datasets(args)
-    model, tokenizer = common.setup(args)
-    parts = data.encode_datasets(datasets, tokenizer, args.max_length)
-    arms = {dataset.label: part for dataset, part in zip(datasets, parts)}
-    eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
+    tokenizer = common.setup(args)
+    datasets, eval_datasets = common.load_datasets(args, tokenizer)
+    model = common.load_start(args)
+    arms = {dataset.label: dataset.examples for dataset in datasets}
+    eval_sets = {dataset.label: dataset.examples for dataset in eval_datasets}
+    examples = Examples.join([*arms.values()])
     tries = args.sampling == "dynamix" and args.lookahead == "virtual"
     common.print_memory(model, args, snapshot=tries)
-    common.check_gradients(model, parts[0][0], args.dtype)
-    config = common.data_config(datasets, eval_datasets, sum(parts, []))
-    run.open(**config)
+    common.check_gradients(model, examples[0], args.dtype)
+    run.open(**common.data_config(datasets, eval_datasets, examples))
     if args.show_batch:
-        data.show_examples(sum(parts, []), tokenizer)
+        data.show_examples(examples, tokenizer)
     plan = make_plan(arms, args)
     if not run.state:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))

@@ -303,7 +303,7 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
     if isinstance(source, str):
         if source.split("/")[0] == "toy":
             raise UserError("toy holds no benchmark's rows; give it with --eval_data")
-        return objects(data.read_source(source, None, split)[0])
+        return objects(data.find_source(source, None, 0, split).records())
     path = source.path
     if path.startswith("hf://"):
         import datasets
@@ -320,6 +320,7 @@ def read_records(source: str | HubSource, split: str = "eval") -> list[tuple]:
 
 def objects(records: list[tuple]) -> list[tuple]:
     """The records as they are. Raises UserError where one is not an object."""
+    records = list(records)
     for file, number, record in records:
         data.check_object(record, f"{file}, row {number}")
     return records
