@@ -160,7 +160,8 @@ def actor_gradient(logits, rewards) -> np.ndarray:
 
 def actor_update(actor, rewards, steps: int = ACTOR_STEPS, lr: float = 1e-4) -> np.ndarray:
     """The actor after `steps` of Adam (β 0.9 and 0.999, ε 1e-8) on rewards that stay. The objective
-    is an expectation: nothing is drawn. A logit moves by about steps · lr at most.
+    is an expectation: nothing is drawn. A logit moves by steps · lr at most, more after a change of
+    sign.
 
     actor (4, K), rewards (K,) -> (4, K). Raises ValueError where a reward is not finite."""
     logits, mean, square, taken = np.array(actor, dtype=np.float64)
@@ -435,10 +436,11 @@ class HBO(ActorSampler):
     def split(self, model) -> None:
         """Two passes over the data, with the model before training."""
         losses, alone = [], []
-        for label, examples in self.arms.items():
-            losses.append(mean_losses(model, examples, self.args, f"difficulty of {label}"))
-            bare = [response_alone(example) for example in examples]
-            alone.append(mean_losses(model, bare, self.args, f"responses of {label}"))
+        with no_trace(model):
+            for label, examples in self.arms.items():
+                losses.append(mean_losses(model, examples, self.args, f"difficulty of {label}"))
+                bare = [response_alone(example) for example in examples]
+                alone.append(mean_losses(model, bare, self.args, f"responses of {label}"))
         self.start_loss = np.concatenate(losses)
         self.difficulty = instruction_following_difficulty(self.start_loss, np.concatenate(alone))
         self.regroup()

@@ -60,7 +60,8 @@ SAMPLERS = {
     "MultiUAT": "--sampling multiuat",
     "HBO": "--sampling hbo",
 }
-FILE_RECIPE = "--max_length 512 --lr 3e-3 --epochs 1"  # of baselines --data FILE
+# of baselines --data FILE, beside RECIPE
+FILE_RECIPE = "--max_length 512 --epochs 0.35 --batch_size 16 --reward_batch_size 8"
 DEFAULT_BATCH = 16  # --reward_batch_size
 
 # --lookahead and --reward_on of the first-order study; the first is what the others are held to.
