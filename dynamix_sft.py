@@ -379,14 +379,6 @@ def mixture_rows(sampler: Sampler, seen: np.ndarray, epochs: float) -> dict[str,
 
 
 # ---- The script ----------------------------------------------------------------------------------
-def sampling(text: str) -> str:
-    """An argparse type: a name in SAMPLERS, or a file of weights."""
-    if text not in SAMPLERS and not text.endswith(".json"):
-        forms = f"{', '.join(SAMPLERS)} or a .json file"
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is none of {forms}")
-    return text
-
-
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = common.ArgumentParser(description=__doc__)
     common.add_shared_flags(parser)
@@ -395,7 +387,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(schedule="linear", warmup_ratio=0.03)
     # fmt: off
     add = parser.add_argument_group("DynamixSFT").add_argument
-    add("--sampling", type=sampling, default="dynamix",
+    add("--sampling", default="dynamix",
         metavar="dynamix|proportional|uniform|multidds|multiuat|hbo|FILE.json",
         help="proportional: every example exactly once an epoch (Full Coverage); uniform: every "
              "dataset equally often; a file is {training label: weight}; the others are the "
@@ -430,6 +422,9 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="multiuat: Monte-Carlo passes, where the model has dropout")
     # fmt: on
     args = common.parse_flags(parser, argv, "dynamix_sft")
+    if args.sampling not in SAMPLERS and not args.sampling.endswith(".json"):
+        forms = f"{', '.join(SAMPLERS)} or a .json file"
+        parser.error(f"--sampling {args.sampling[:40]}: expected {forms}")
     if args.update_every is None:
         args.update_every = SAMPLERS.get(args.sampling, baselines.Fixed).every
     if args.max_steps:

@@ -462,10 +462,7 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
             "epochs=2.0, batch_size=128, lr=2e-5, weight_decay=0.1",
         ),
         ('schedule="linear", warmup_ratio=0.03', 'schedule="cosine", warmup_ratio=0.03'),
-        (
-            '"--sampling", type=sampling, default="dynamix"',
-            '"--sampling", type=sampling, default="proportional"',
-        ),
+        ('"--sampling", default="dynamix"', '"--sampling", default="proportional"'),
         (
             '"--beta", type=common.non_negative_float, default=4.0',
             '"--beta", type=common.non_negative_float, default=5.0',
