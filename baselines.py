@@ -180,8 +180,8 @@ def actor_update(actor, rewards, steps: int = ACTOR_STEPS, lr: float = 1e-4) -> 
 class ActorSampler(Sampler):
     """A sampler whose mixture is the softmax of an actor that learns from rewards."""
 
-    def __init__(self, arms: dict[str, Sequence[Example]], args: Namespace):
-        super().__init__(arms, args)
+    def train_on(self, rows: list[np.ndarray]) -> None:
+        super().train_on(rows)
         self.load({"actor": actor_start(self.sizes)})
 
     def mixture(self) -> np.ndarray:
@@ -235,18 +235,15 @@ class HeldOutSampler(ActorSampler):
             self.held_out.append(held)
             trained.append(others)
         self.train_on(trained)
-        self.load({"actor": actor_start(self.sizes)})
         counts = [f"{len(held)} of {label}" for held, label in zip(self.held_out, arms)]
         print(f"data  held out from training, for the rewards: {', '.join(counts)}")
 
     def some(self, k: int, rows: np.ndarray, *position) -> list[Example]:
         """--reward_batch_size of these rows of dataset k, or all where there are fewer. position:
         what the draw depends on besides the seed."""
-        rng, examples = data_rng(self.args.seed, self.args.sampling, *position, k), self.dataset(k)
-        return [examples[i] for i in rng.permutation(rows)[: self.args.reward_batch_size]]
-
-    def dataset(self, k: int) -> Sequence[Example]:
-        return self.arms[self.labels[k]]
+        rng = data_rng(self.args.seed, self.args.sampling, *position, k)
+        chosen, examples = rng.permutation(rows), self.arms[self.labels[k]]
+        return [examples[i] for i in chosen[: self.args.reward_batch_size]]
 
 
 def inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:

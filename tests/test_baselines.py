@@ -99,6 +99,19 @@ def test_actor_refuses_what_is_not_finite():
             baselines.actor_update(baselines.actor_start([1, 2]), rewards)
 
 
+def test_static_samplers(arms, tmp_path):
+    sizes = np.array([30, 24, 6])
+    assert baselines.Sampler(arms, None).mixture() == pytest.approx(sizes / 60)
+    assert baselines.Uniform(arms, None).mixture() == pytest.approx([1 / 3] * 3)
+    file = tmp_path / "weights.json"
+    file.write_text('{"describe": 1, "add": 0, "copy": 3}')
+    sampler = baselines.Fixed(arms, make_args(str(file)))
+    assert sampler.mixture() == pytest.approx([0.75, 0.25, 0])
+    for each in (sampler, baselines.Uniform(arms, None)):
+        assert np.concatenate(each.groups()).tolist() == list(range(60))
+        assert [len(group) for group in each.groups()] == sizes.tolist()
+
+
 def test_distance_by_hand():
     assert baselines.total_variation([0.5, 0.3, 0.2], [5, 3, 2]) == pytest.approx(0)
     assert baselines.total_variation([0.2, 0.3, 0.5], [50, 30, 20]) == pytest.approx(0.3)
