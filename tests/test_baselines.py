@@ -293,11 +293,10 @@ def test_groups_by_hand():
 
 
 def test_perplexity_ratios_by_hand():
-    # ratios 2, 4 and 1, 3: means 3 and 2, over their mean 2.5
-    ratios = baselines.perplexity_ratios(
-        np.log([2, 8, 3, 6]), np.log([1, 2, 3, 2]), [[0, 1], [2, 3]]
-    )
-    assert ratios == pytest.approx([3 / 2.5, 2 / 2.5])
+    # ratios 2, 4, 9 and 1, 3: means 5 and 2, over their mean 3.5
+    now, before = np.log([2, 8, 9, 3, 6]), np.log([1, 2, 1, 3, 2])
+    ratios = baselines.perplexity_ratios(now, before, [[0, 1, 2], [3, 4]])
+    assert ratios == pytest.approx([5 / 3.5, 2 / 3.5])
     assert baselines.perplexity_ratios([0.7], [0.1], [[0]]) == pytest.approx([1])
 
 
