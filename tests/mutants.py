@@ -395,7 +395,6 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("loss = float(np.average(losses, weights=tokens))", "loss = float(np.average(losses))"),
         ("                common.set_rng_state(rng)\n", ""),
         ("common.learning_rate(step, steps, args)", "common.learning_rate(step + 1, steps, args)"),
-        ("uniform = np.full(len(arms), 1 / len(arms))", "uniform = np.full(len(arms), 1.0)"),
         ("self.prior = self.proportions if args.prior else uniform", "self.prior = uniform"),
         (
             "self.prior = self.proportions if args.prior else uniform",
