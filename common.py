@@ -179,6 +179,32 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
+def read_json(path: str, flag: str, expected: str) -> dict:
+    """The object in a JSON file that a flag names. Raises UserError."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{flag} {path}: expected {expected} ({error})") from None
+
+
+def read_weights(path: str, flag: str, labels: list[str]) -> np.ndarray:
+    """{label: weight} in a JSON file that a flag names -> weights (K,), of sum 1. Raises
+    UserError."""
+    form = f"{{label: weight}} for {', '.join(labels)}"
+    given = read_json(path, flag, form)
+    try:
+        weights = np.array([float(given.pop(label)) for label in labels])
+    except (ValueError, TypeError, KeyError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{flag} {path}: expected {form} ({cause})") from None
+    if given:
+        problem = f"{sorted(given)[0]!r} is no label of --data; there are {', '.join(labels)}"
+        raise UserError(f"{flag} {path}: {problem}")
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+        raise UserError(f"{flag} {path}: weights must be at least 0, and not all 0")
+    return weights / weights.sum()
+
+
 def setup(args: Namespace):
     """-> the tokenizer of --model, with the chat template that the run trains by. Fills in what the
     flags leave open: dtype, template and the date it writes, max_length, lora_alpha. Raises

@@ -24,7 +24,6 @@ batch, P parameters, H steps of an interval, c probing steps.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from argparse import Namespace
@@ -340,14 +339,6 @@ def report_test(model, domains: list[Domain], args: Namespace) -> dict[str, dict
     return result
 
 
-def read_json(path: str, flag: str, expected: str) -> dict:
-    """The object in a JSON file that a flag names. Raises UserError."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{flag} {path}: expected {expected} ({error})") from None
-
-
 def parse_references(items: list[str], constraints: list[str]) -> dict[str, tuple[float, bool]]:
     """--reference: LABEL=NUMBER, LABEL=+2% or FILE.json ({label: number or "+2%"})
     -> {label: (number, is it relative)}. Raises UserError."""
@@ -355,7 +346,9 @@ def parse_references(items: list[str], constraints: list[str]) -> dict[str, tupl
     for item in items:
         label, equals, text = item.rpartition("=")
         forms = "LABEL=NUMBER, LABEL=+2% or a JSON file of them"
-        entries += [(label, text)] if equals else read_json(item, "--reference", forms).items()
+        entries += (
+            [(label, text)] if equals else common.read_json(item, "--reference", forms).items()
+        )
     rules = {}
     for label, text in entries:
         slack = re.fullmatch(r"([+-]\d+(\.\d*)?)%", str(text).strip())
@@ -797,19 +790,7 @@ def read_fixed_mixture(args: Namespace, labels: list[str], sizes: list[int]) -> 
         except ValueError as error:
             advice = "say with --target_data which labels of --data do"
             raise UserError(f"--target_mass {args.target_mass:g}: {error}; {advice}") from None
-    form = f"{{label: weight}} for {', '.join(labels)}"
-    given = read_json(args.mixture, "--mixture", form)
-    try:
-        weights = np.array([float(given.pop(label)) for label in labels])
-    except (ValueError, TypeError, KeyError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"--mixture {args.mixture}: expected {form} ({cause})") from None
-    if given:
-        problem = f"{sorted(given)[0]!r} is no label of --data; there are {', '.join(labels)}"
-        raise UserError(f"--mixture {args.mixture}: {problem}")
-    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
-        raise UserError(f"--mixture {args.mixture}: weights must be at least 0, and not all 0")
-    return weights / weights.sum()
+    return common.read_weights(args.mixture, "--mixture", labels)
 
 
 def make_side(rows: list, metric: str, args: Namespace, tokenizer, left_out: Counter) -> Side:

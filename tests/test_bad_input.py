@@ -75,6 +75,8 @@ NUMBERS = {
         "alpha": SHARE,
         "update_every": COUNT,
         "reward_batch_size": POSITIVE,
+        "actor_lr": POSITIVE_REAL,
+        "mc_passes": POSITIVE,
     },
     "dynamics": {
         **SHARED,
@@ -610,7 +612,13 @@ sftmix --max_length 3 | no example is left at --max_length 3
 """)
 # dynamix_sft.py's
 cases("""
-dynamix_sft --sampling all | invalid choice: 'all'
+dynamix_sft --sampling all | --sampling all: expected dynamix, proportional, uniform, multidds
+dynamix_sft --sampling {scalar.json} | --sampling | expected {label: weight} for rows
+dynamix_sft --sampling {deep.json} | --sampling | expected {label: weight} for rows
+dynamix_sft --sampling {no}.json | --sampling | expected {label: weight} for rows
+dynamix_sft --sampling multidds --data {rows.jsonl} {one.jsonl} | 'one' has one row
+dynamix_sft --sampling multiuat --data {one.jsonl} | 'one' has one row
+dynamix_sft --sampling multiuat --uncertainty joy | invalid choice: 'joy'
 dynamix_sft --init proportional | --init proportional goes with --no-prior and a positive --beta
 dynamix_sft --init proportional --no-prior --beta 1e-7 | --beta 1e-07: | divides by it
 dynamix_sft --lookahead first_order --reward entropy | --lookahead first_order goes with
