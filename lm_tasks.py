@@ -154,8 +154,9 @@ def local_rows(name: str, source: str, shots: int) -> dict[str, list]:
     """FILE[,SHOTSFILE] -> {"test": rows to score, "train": rows that shots are drawn from}; without
     the second, shots are other rows of the first."""
     test, _, train = source.partition(",")
-    rows = [local_record(name, *record) for record in read_records(test)]
-    pool = [local_record(name, *record) for record in read_records(train)] if train else []
+    records, solved = read_records(test), read_records(train, "train") if train else []
+    rows = [local_record(name, *record) for record in records]
+    pool = [local_record(name, *record) for record in solved]
     if not rows or shots > (len(pool) if train else len(rows) - 1):
         few = f"{len(rows)} rows and {len(pool)} for shots are too few for {shots} shots"
         raise UserError(f"{name}: {source}: {few}; give {name}=FILE,SHOTSFILE")
