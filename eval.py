@@ -209,7 +209,7 @@ def warn_of_versions(results: dict) -> None:
             found = {**row["versions"], **row["versions"].get("definitions", {})}
             expected = {**documented, **documented["definitions"]}
             for name in sorted(set(found) & set(expected) - {"definitions"}):
-                if found[name] != expected[name]:
+                if found[name].split("+")[0] != expected[name]:  # torch's +cpu, +cu130
                     other.add(f"{name} {found[name]} (there {expected[name]})")
     if other:
         print(f"warning: not the versions of docs/eval.md's numbers: {', '.join(sorted(other))}")
@@ -277,7 +277,8 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     length = args.max_length or common.max_positions(lm)
     lm_how = {"tokenizer": tokenizer, "batch_size": args.batch_size, "max_length": length}
     lm_how["mixed_precision_dtype"] = "bfloat16" if args.dtype == "bf16" else None
-    benchmark, manager = task.extra["benchmark"], lm_tasks.task_manager()
+    benchmark = task.extra["benchmark"]
+    manager = lm_tasks.task_manager(benchmark.base)
     how = {"num_fewshot": benchmark.shots, "limit": args.limit, "task_manager": manager}
     how |= {"use_cache": str(folder / file), "bootstrap_iters": 0, "apply_chat_template": chat}
     if args.max_new_tokens:
@@ -288,7 +289,11 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
     how["confirm_run_unsafe_code"] = safe or args.allow_code == "unsafe"
     outputs, first = [], FIRST_SEED + 100 * args.seed
     try:
-        with mock.patch("evaluate.load", sandbox.load_metric):
+        with (
+            mock.patch("evaluate.load", sandbox.load_metric),
+            mock.patch("lm_eval.evaluator.add_env_info", create=True),  # takes seconds
+            mock.patch("lm_eval.evaluator.get_git_commit_hash", create=True),
+        ):
             wrapped = HFLM(lm, **lm_how)
             how |= {"model": wrapped, "tasks": [lm_tasks.definition(benchmark, folder)]}
             for seed in range(first, first + benchmark.rounds):
@@ -313,9 +318,10 @@ def run_lm_eval(model: Model, task: Task, store: Predictions, args: Namespace) -
 def sample_line(sample: dict) -> dict:
     """lm-eval's record of a question -> what a prediction line says of it."""
     line = {"index": sample["doc_id"], "filter": sample["filter"], "target": sample["target"]}
-    line["prompt"] = sample["arguments"][0][0]
-    if len(sample["arguments"]) > 1:  # multiple choice
-        line["choices"] = [choice for _, choice, *_ in sample["arguments"]]
+    arguments = sample["arguments"]
+    line["prompt"] = arguments[0][0]
+    if len(arguments) > 1 and isinstance(arguments[0][1], str):  # multiple choice
+        line["choices"] = [choice for _, choice, *_ in arguments]
         line["loglikelihood"] = [float(value) for value, _ in sample["filtered_resps"]]
     else:
         line |= {"responses": sample["resps"], "filtered": sample["filtered_resps"]}

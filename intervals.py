@@ -50,13 +50,17 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
 
 
+def counts_rights(rows: dict) -> bool:
+    """Whether all that rows hold was right or wrong."""
+    return all(total == int(total) and 0 <= total <= most for total, most, _ in rows.values())
+
+
 def confidence(rows: dict, seed: int = 0) -> tuple[float, float]:
     """95 % interval of a number -> (low, high). Wilson's where rows are right or wrong (a row that
     was asked in several rounds is still one case), and where all rows are; the bootstrap else."""
     sums, weights, clusters = zip(*rows.values())
     share = sum(sums) / sum(weights)
-    counts = all(total == int(total) and 0 <= total <= most for total, most, _ in rows.values())
-    if counts and (len(set(weights)) == 1 or share in (0, 1)):
+    if counts_rights(rows) and (len(set(weights)) == 1 or share in (0, 1)):
         return wilson(share, len(set(clusters)))
     return interval(bootstrap_ratios([sums], [weights], clusters, seed=seed)[:, 0])
 
@@ -69,10 +73,16 @@ def difference(metric: str, rows: dict, other: dict, seed: int) -> dict[str, flo
         return {}
     pairs = np.array([(rows[key][:2], other[key][:2]) for key in keys], dtype=np.float64)
     sums, weights = pairs.T.copy()  # (2, n) each
-    own, base = bootstrap_ratios(sums, weights, [rows[key][2] for key in keys], seed=seed).T
+    clusters = [rows[key][2] for key in keys]
+    own, base = bootstrap_ratios(sums, weights, clusters, seed=seed).T
     value, base_value = sums.sum(-1) / weights.sum(-1)
+    low, high = interval(own - base)
+    if low == high and counts_rights(rows) and counts_rights(other):
+        # no row differs from the others: as many as Wilson allows for 0 of n still may
+        room = wilson(0.0, len(set(clusters)))[1]
+        low, high = max(-1.0, low - room), min(1.0, high + room)
     result = {f"{metric}_diff": float(value - base_value)}
-    result[f"{metric}_diff_low"], result[f"{metric}_diff_high"] = interval(own - base)
+    result |= {f"{metric}_diff_low": low, f"{metric}_diff_high": high}
     if metric == "nll":
         result["ppl_reduction"] = float(perplexity_reduction(value, base_value))
         low, high = interval(perplexity_reduction(own, base))

@@ -41,6 +41,7 @@ LISTED = {  # medqa's definition for any number of options
 SAME_SPLIT = {"bbq": "test", "truthfulqa_mc1": "validation", "truthfulqa_mc2": "validation"}
 BBQ = ["context", "question", "ans0", "ans1", "ans2", "label", "question_polarity"]
 BBQ += ["context_condition", "category"]
+FOLDERS = ["medqa", "pubmedqa", "medmcqa", "bbq", "truthfulqa", "gsm8k", "humaneval", "ifeval"]
 RUNS_CODE = ("humaneval", "mbpp")  # prefixes of tasks whose code runs by sandbox.CodeEval
 LOCAL = {  # other tasks that take =FILE: shots of their definition, and the columns it reads
     "gsm8k": (5, {"question", "answer"}),
@@ -178,33 +179,43 @@ def objects(records: list[tuple]) -> list[tuple]:
 
 
 @functools.cache
-def task_manager() -> object:
-    """lm-eval's index of its task definitions; reading them takes seconds, so once a process."""
+def index_of(every: bool) -> object:
+    """lm-eval's index of all of its task definitions, or of FOLDERS, which takes no half minute."""
     import lm_eval.tasks
 
-    return lm_eval.tasks.TaskManager()
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = None if every else [root / folder for folder in FOLDERS]
+    return lm_eval.tasks.TaskManager(include_path=folders, include_defaults=every)
+
+
+def task_manager(name: str) -> object:
+    """The smallest index that knows a task of lm-eval; that of all where none does."""
+    return index_of(name != "popqa" and name not in index_of(False).task_index)
 
 
 def find_benchmark(name: str, source: str, args: Namespace, others: list[str]) -> Benchmark:
     """--tasks NAME[=SOURCE] -> Benchmark, over the rows of a local file where source names one,
     else over the hub's. others: tasks that are not lm-eval's, for the message. Raises UserError."""
+    task = name.removeprefix("lm_eval/")
+    base, shots, _ = CHOICES.get(name, (task, None, 0))
     try:
-        known = {*task_manager().task_index, "popqa"}
+        known = {*task_manager(base).task_index, "popqa"}
     except ImportError:
         raise UserError(f"{name}: needs lm-eval: pip install 'lm_eval[ifeval,math]'") from None
-    task = name.removeprefix("lm_eval/")
-    choice = name in CHOICES or (bool(source) and task not in known)
+    own_file = bool(source) and name not in CHOICES and task not in known
+    choice = name in CHOICES or own_file
     if task not in known and not choice:
         near = ", ".join([other for other in known if task.split("_")[0] in other][:5]) or "none"
-        own = f"neither one of eval.py's ({', '.join([*CHOICES, *others])}) nor of lm-eval's"
+        ours = f"neither one of eval.py's ({', '.join([*CHOICES, *others])}) nor of lm-eval's"
         file = f"a multiple-choice file of your own is {task}=FILE"
-        raise UserError(f"--tasks {task}: {own}; near are {near}; {file}")
+        raise UserError(f"--tasks {task}: {ours}; near are {near}; {file}")
     if source and not choice and task not in LOCAL:
         raise UserError(f"{task}={source}: of lm-eval's tasks {', '.join(LOCAL)} take local rows")
     check_needs(task, args.allow_code)
-    base, shots = task, LOCAL[task][0] if source and task in LOCAL else None
-    if choice:
-        base, shots, _ = CHOICES.get(name, OWN_FILE)
+    if source and task in LOCAL:
+        shots = LOCAL[task][0]
+    elif own_file:
+        base, shots, _ = OWN_FILE
     if args.shots is not None and (choice or shots != 0):  # where lm-eval has 0 it takes no others
         shots = args.shots
     rounds = (args.rounds or 3) if choice and shots else 1
@@ -240,7 +251,7 @@ def check_hub(name: str, base: str) -> None:
         raise UserError("medqa5: is not on the hub in loadable form; give its rows: medqa5=FILE")
     try:
         with data.quiet_hub():
-            task_manager().load([base])
+            task_manager(base).load([base])
     except Exception as error:  # network, hub and lm-eval raise many types
         problem = f"cannot load its rows from the Hugging Face hub: {cause(error)}"
         raise UserError(f"{name}: {problem}; local rows: {name}=FILE") from None
@@ -267,7 +278,7 @@ def definition(task: Benchmark, folder: Path) -> str | dict:
         return name
     if task.choice and (name == "medqa5" or name not in CHOICES):
         spec |= LISTED
-    include = str(task_manager().task_index[task.base].yaml_path)
+    include = str(task_manager(task.base).task_index[task.base].yaml_path)
     text = json.dumps({"include": include, "task": name, **spec}, indent=1)
     path = folder / f"{stem}.yaml"
     common.write_text(path, text + "\n")  # YAML is a superset of JSON

@@ -108,9 +108,8 @@ MORE_PAGES = ["docs/eval.md", "docs/reliability.md", "docs/distributed.md", "doc
 
 @pytest.mark.parametrize("page", [*PAGES, *MORE_PAGES])
 def test_flags_exist(page):
-    text = re.sub(
-        r"-m pytest .*|--standalone|--nproc_per_node \w+", "", read(page)
-    )  # pytest's, torchrun's own
+    others = r"-m pytest .*|--standalone|--nproc_per_node \w+|-m fastchat.*|alpaca_eval --.*"
+    text = re.sub(others + r"|lm_eval run --[^`\n]*", "", read(page))  # flags of other programs
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert named
     assert not sorted(named - flags_for(page))

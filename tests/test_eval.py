@@ -115,6 +115,18 @@ def test_intervals_at_the_edges():
     assert (low, high) == (0.8, 1.8)
 
 
+def test_a_difference_without_spread_is_not_certain():
+    wrong, right = ({i: (hit, 1, i) for i in range(4)} for hit in (0, 1))
+    room = intervals.wilson(0.0, 4)[1]
+    both = intervals.difference("acc", wrong, wrong, 0)
+    assert both == {"acc_diff": 0.0, "acc_diff_low": -room, "acc_diff_high": room}
+    better = intervals.difference("acc", right, wrong, 0)
+    assert better == {"acc_diff": 1.0, "acc_diff_low": 1.0 - room, "acc_diff_high": 1.0}
+    losses = {i: (2.5, 1, i) for i in range(4)}
+    equal = intervals.difference("nll", losses, losses, 0)
+    assert equal["nll_diff_low"] == equal["nll_diff_high"] == 0.0
+
+
 def test_bootstrap_agrees_with_the_normal_interval():
     values = np.random.default_rng(0).normal(3.0, 2.0, 900)
     samples = intervals.bootstrap_ratios([values], [np.ones(900)], range(900))
@@ -565,7 +577,8 @@ def test_versions_are_kept_and_compared(tmp_path, evaluated, monkeypatch, capsys
     assert versions["torch"] == torch.__version__ and len(versions["template"]) == 8
     documented = tmp_path / "documented.json"
     monkeypatch.setattr(evaluation, "DOCUMENTED", documented)
-    documented.write_text(json.dumps({**versions, "definitions": {"gsm8k": "3.0 abc"}}))
+    there = {**versions, "torch": torch.__version__.split("+")[0]}
+    documented.write_text(json.dumps({**there, "definitions": {"gsm8k": "3.0 abc"}}))
     capsys.readouterr()
     run(folder, *flags)
     assert "warning" not in capsys.readouterr().out
@@ -739,7 +752,7 @@ def test_popqa_definition(tmp_path, write_jsonl, monkeypatch):
 
 def test_the_ten_benchmarks_exist():
     pytest.importorskip("lm_eval")
-    known = lm_tasks.task_manager().task_index
+    known = lm_tasks.index_of(True).task_index
     assert len(lm_tasks.DYNAMIXSFT) == 10
     assert [name for name in lm_tasks.DYNAMIXSFT if name not in known] == ["popqa"]
     assert all(base in known for base, *_ in lm_tasks.CHOICES.values())
@@ -747,7 +760,7 @@ def test_the_ten_benchmarks_exist():
 
 def test_lm_eval_is_asked_for_only_when_needed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    lm_tasks.task_manager.cache_clear()
+    lm_tasks.index_of.cache_clear()
     for task in ("gsm8k", "medqa", "mine=rows.jsonl"):
         error = fails(capsys, tmp_path / "run", "--tasks", task)
         assert "pip install 'lm_eval[ifeval,math]'" in error
