@@ -86,7 +86,7 @@ def chosen_step(records: list[dict]) -> int | None:
 
 def main_metrics(metrics: dict) -> list[str]:
     """The numbers that a table shows: floats but for the intervals and spreads of others."""
-    floats = [key for key, value in metrics.items() if isinstance(value, float)]
+    floats = [key for key, value in metrics.items() if isinstance(value, float) and key != "shots"]
     floats = [key for key in floats if "bias_score_" not in key]  # bbq's by category
     return [key for key in floats if not key.endswith(("_low", "_high", "_std", "_diff"))]
 
