@@ -30,7 +30,6 @@ JUDGE_THREADS = 8  # requests at once
 ATTEMPTS, FIRST_WAIT, LONGEST_WAIT, TIMEOUT = 6, 1.0, 60.0, 120.0  # tries; the others in seconds
 BROKEN = (OSError, http.client.HTTPException, UnicodeDecodeError, json.JSONDecodeError)
 BROKEN += (KeyError, IndexError, TypeError)  # replies that are tried again
-PARTS = ("question", "answer", "ref_answer")  # fields of a prompt, with _1 or _2
 REFERENCE_CATEGORIES = ("math", "reasoning", "coding")  # FastChat's rule
 
 # Our own wording, by the names of FastChat's prompts for single answers
@@ -67,13 +66,14 @@ def read_prompts(path: str | None) -> tuple[dict, str]:
     for number, row in enumerate(data.read_jsonl(path, "--judge_prompts"), 1):
         data.check_object(row, f"{path}, row {number}")
         both = row.get("system_prompt"), row.get("prompt_template")
-        rows[row.get("name")] = both if all(isinstance(text, str) for text in both) else None
+        rows[str(row.get("name"))] = both if all(isinstance(text, str) for text in both) else None
     for name in OWN_PROMPTS:
         if not rows.get(name):
             needs = "name, system_prompt and prompt_template, as in FastChat's judge_prompts.jsonl"
             raise UserError(f"--judge_prompts {path}: has no prompt {name!r} with {needs}")
-        turn = range(1, 3 if name.endswith("multi-turn") else 2)
-        known = {"question", "answer", *(f"{part}_{i}" for part in PARTS for i in turn)}
+        known = {"question", "answer", "question_1", "answer_1"}
+        known |= {"ref_answer_1"} if "math" in name else set()
+        known |= {f"{field[:-1]}2" for field in known if "multi" in name and field.endswith("1")}
         unknown = set(re.findall(r"{(\w+)}", rows[name][1])) - known
         if unknown:
             raise UserError(f"--judge_prompts {path}: {name} has a field {{{unknown.pop()}}}")

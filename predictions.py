@@ -21,7 +21,10 @@ LINES = {
     "domain": (["index"], {"nll": float, "tokens": int, "correct": int}),
     "lm_eval": (["round", "task", "index", "filter"], {"task": str, "metrics": dict}),
     "chat": (["question_id"], {"answers": list, "prompt_cut": bool, "tstamp": float}),
-    "judge": (["key"], {"key": str, "turn": int, "round": int, "score": float | None}),
+    "judge": (
+        ["key"],
+        {"key": str, "turn": int, "round": int, "prompts": str, "score": float | None},
+    ),
 }
 
 

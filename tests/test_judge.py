@@ -66,6 +66,7 @@ def test_wrong_prompt_files_are_named(tmp_path, write_jsonl, monkeypatch, capsys
         (prompt_rows()[:3], "has no prompt 'single-v1-multi-turn'"),
         (prompt_rows(**{"single-v1": 3}), "has no prompt 'single-v1'"),
         (prompt_rows(**{"single-v1": "{question_2}"}), "single-v1 has a field {question_2}"),
+        (prompt_rows(**{"single-v1": "{ref_answer_1}"}), "single-v1 has a field {ref_answer_1}"),
         ([1], "row 1: expected an object"),
     ):
         error = fails(capsys, tmp_path / "run", flags + write_jsonl("prompts.jsonl", rows))
