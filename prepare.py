@@ -26,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def processes() -> int:
 
 def prepared_parts(records: Iterable[tuple], work) -> Iterator[dict]:
     """work(chunk) of all records, chunk by chunk and in their order; by several processes where
-    they have more than a chunk each to do."""
+    they have more than a chunk each to do. Raises UserError where one of them is killed."""
     records, count = iter(records), processes()
     chunks = iter(lambda: list(itertools.islice(records, RECORDS)), [])
     first = list(itertools.islice(chunks, 2 * count))
@@ -187,10 +188,14 @@ def prepared_parts(records: Iterable[tuple], work) -> Iterator[dict]:
         return
     # a fork shares the tokenizer; nothing is on a GPU yet
     context, begin = multiprocessing.get_context("fork"), (work, os.getpid())
-    with context.Pool(count, _begin_work, begin) as pool:
-        while first:  # a few chunks at a time: memory does not grow with the file
-            yield from pool.map(_do_work, first, chunksize=1)
-            first = list(itertools.islice(chunks, 2 * count))
+    with ProcessPoolExecutor(count, context, _begin_work, begin) as pool:
+        try:
+            while first:  # a few chunks at a time: memory does not grow with the file
+                yield from pool.map(_do_work, first)
+                first = list(itertools.islice(chunks, 2 * count))
+        except BrokenExecutor:
+            advice = "is memory short? taskset -c 0 before the command makes it a single one"
+            raise UserError(f"one of {count} processes that prepare data ended; {advice}") from None
 
 
 def with_bar(parts: Iterator[dict], spec: str) -> Iterator[dict]:

@@ -3,6 +3,7 @@ several processes; a cache that is not what was written is made again; one proce
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -179,6 +180,23 @@ def test_an_error_of_another_process_is_one_line_too(recipe, file, monkeypatch):
         stream.write("[1]\n")
     with pytest.raises(UserError, match=r"rows.jsonl, row 61: expected an object, found list"):
         prepare.load([file], recipe)
+
+
+def test_a_process_that_is_killed_is_one_line(recipe, file, monkeypatch):
+    """As by a system that is out of memory: nobody waits for it for ever."""
+    monkeypatch.setattr(prepare, "RECORDS", 3)
+    monkeypatch.setattr(prepare, "processes", lambda: 2)
+    parent, read = os.getpid(), data.read_rows
+
+    def killed(*record):
+        if os.getpid() != parent and record[1] == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(*record)
+
+    monkeypatch.setattr(data, "read_rows", killed)
+    with pytest.raises(UserError, match="one of 2 processes that prepare data ended"):
+        prepare.load([file], recipe)
+    assert not folders(recipe.cache)
 
 
 # ------------------------------------------------------------------------ the key
