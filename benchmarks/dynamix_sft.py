@@ -236,12 +236,13 @@ def baselines(args: argparse.Namespace) -> None:
         summaries = [shared.summary(folder) for folder in own]
         difference = (losses[name] - losses["proportional"]).mean(1)
         row = [name, mean_error(difference, 4, "+"), str(summaries[0]["updates"])]
+        row.append(f"{np.mean([each['tokens'] for each in summaries]) / 1000:.0f}K")
         row.append(mean_error([each["cost"]["total"] for each in summaries], 2))
         for level in ("datasets", "groups"):
             distances = [each["distance"].get(level) for each in summaries]
             row.append("-" if None in distances else mean_error(distances, 4))
         rows.append(row)
-    header = ["", "macro average, paired by seed", "updates", "time / static"]
+    header = ["", "macro average, paired by seed", "updates", "tokens", "time / static"]
     print_table([*header, "distance from the prior", "of the groups"], rows)
 
 
