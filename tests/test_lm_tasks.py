@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import random_model
@@ -309,3 +310,35 @@ def test_a_definition_file_changes_rows_and_shots_alone(tmp_path, write_jsonl):
     expected = {"include", "task", *rows, "test_split", "fewshot_split", "num_fewshot"}
     assert set(spec) == expected and spec["num_fewshot"] == 1
     assert spec["include"].endswith("tasks/medmcqa/medmcqa.yaml")
+
+
+def test_the_hubs_rows_go_by_lm_evals_own_splits(tmp_path, monkeypatch, capsys):
+    """Shots come from the train split where a definition has one, else from other rows."""
+    asked = []
+
+    def load_dataset(path, name=None, **_):
+        asked.append(path)
+        splits = {"medmcqa": ("train", "validation"), "bbq": ("test",)}
+        task = next((task for task in splits if task in path), "truthfulqa_mc1")
+        rows = [lm_tasks.local_record(task, "hub", 1, row) for row in ROWS[task]]
+        found = {}
+        for split in splits.get(task, ("validation",)):
+            found[split] = datasets.Dataset.from_list(rows)
+        if "train" in found:
+            mark = [f"T {row['question']}" for row in rows]
+            found["train"] = found["train"].remove_columns("question").add_column("question", mark)
+        return datasets.DatasetDict(found)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface.HFLM, "loglikelihood", by_truth(1))
+    names = ("medmcqa", "bbq", "truthfulqa_mc1")
+    result = run(tmp_path / "run", "--tasks", *names, "--shots 1 --rounds 1")["tiny"]
+    assert {"openlifescienceai/medmcqa", "oskarvanderwal/bbq", "truthfulqa/truthful_qa"} == set(
+        asked
+    )
+    for name in names:
+        assert result[name]["acc"] == 1.0
+        for row in lines(tmp_path / "run" / "predictions" / "tiny" / f"{name}.jsonl"):
+            *shots, question = row["prompt"].split("\n\n")
+            assert not any(question.removesuffix("A:") in shot for shot in shots)
+            assert (name == "medmcqa") == ("Question: T Which" in row["prompt"])
