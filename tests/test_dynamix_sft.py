@@ -601,7 +601,7 @@ def test_proportional_is_plain_training(tmp_path, run, tokenizer, model_folder, 
         assert row["passes"] == 2
         assert row["coverage"] == 1
 
-    pool = sum(make_arms(tokenizer, *SPECS), [])
+    pool = data.Examples.join(make_arms(tokenizer, *SPECS))
     lengths = [len(example.ids) for example in pool]
     model, _ = common.load_model(model_folder("llama"), CPU)
     optimizer, recipe = adamw(model.train(), 1e-2, 0.0), dynamix_sft.parse_args(SHORT)
