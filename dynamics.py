@@ -39,8 +39,9 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import prepare
 import ranks
-from data import Example, UserError, data_rng
+from data import Example, Examples, UserError, data_rng
 
 
 # ---- Step 1: slopes. Losses in the units of their metric: nats per response token, or 1 - accuracy
@@ -396,7 +397,7 @@ class Problem:
     """What a run is given."""
 
     labels: list[str]  # of the N training datasets
-    examples: list[list[Example]]  # of each of them
+    examples: list[Examples]  # of each of them
     domains: list[Domain]  # all, the M targets and constraints first
     steps: int
     updates: list[int]  # steps at which the mixture is updated
@@ -422,13 +423,16 @@ class Interval:
     mixture: np.ndarray | None = None  # (N,) in force before it
 
 
-def probe_batches(examples: list, probe_steps: int, batch_size: int, seed: int, step: int, j: int):
+def probe_batches(
+    examples: Examples, probe_steps: int, batch_size: int, seed: int, step: int, j: int
+):
     """c batches of dataset j alone for the probe at `step`: a stream of their own that the
     training's cursors never see. Each example at most once, unless there are fewer than
     c · batch_size."""
-    rng, need, drawn = data_rng(seed, "probe", step, j), probe_steps * batch_size, []
-    while len(drawn) < need:
-        drawn += [examples[i] for i in rng.permutation(len(examples))]
+    rng, need, order = data_rng(seed, "probe", step, j), probe_steps * batch_size, []
+    while len(order) < need:
+        order += rng.permutation(len(examples)).tolist()
+    drawn = [examples[i] for i in order[:need]]
     return [drawn[at : at + batch_size] for at in range(0, need, batch_size)]
 
 
@@ -487,7 +491,7 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     -> {"steps", "examples", "tokens"}, the best feasible checkpoint {"step", "total", "losses"} or
     None"""
     labels, steps, updates = problem.labels, problem.steps, problem.updates
-    pool = [example for part in problem.examples for example in part]
+    pool = Examples.join(problem.examples)
     sizes = np.array([*map(len, problem.examples)])
     sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
     optimizer = common.make_optimizer(model, args)
@@ -851,17 +855,24 @@ def row_tokens(domain: Domain) -> float:
     return total / len(side.sizes or side.examples)
 
 
+def load_datasets(args: Namespace, tokenizer) -> tuple[list, list]:
+    """-> the datasets of --data, tokenised, and of --eval_data as rows, since they are split by
+    row. Raises UserError."""
+    training = prepare.load(args.data, common.recipe(args, tokenizer))
+    return training, data.load_data(args.eval_data, seed=args.seed, split="eval")
+
+
 def make_problem(datasets: list, eval_datasets: list, tokenizer, args: Namespace) -> Problem:
     """Everything that is known before training. How many validation rows decide is the same for
     every --mixture, so that all choose on the same rows. Raises UserError."""
-    examples = data.encode_datasets(datasets, tokenizer, args.max_length)
+    examples = [dataset.examples for dataset in datasets]
     labels, sizes = [dataset.label for dataset in datasets], [*map(len, examples)]
     fixed = read_fixed_mixture(args, labels, sizes)
     domains = [make_domain(dataset, args, tokenizer) for dataset in eval_datasets]
     domains.sort(key=lambda domain: ROLES.index(domain.role))
-    trained_on = {row.prompt for dataset in datasets for row in dataset.rows}
+    trained_on = np.concatenate([dataset.digests["prompt"] for dataset in datasets])
     for dataset in eval_datasets:
-        shared = sum(row.prompt in trained_on for row in dataset.rows)
+        shared = int(np.isin(dataset.digests["prompt"], trained_on).sum())
         if shared:
             count = f"{shared:,} of {len(dataset.rows):,} rows of evaluation set"
             print(f"warning: {count} {dataset.label!r} have a prompt that is trained on")
@@ -875,7 +886,7 @@ def make_problem(datasets: list, eval_datasets: list, tokenizer, args: Namespace
     evaluations = len({*updates, steps, *often})
     lengths = []
     for part in examples:
-        lengths.append(float(np.mean([len(example.ids) for example in part])))
+        lengths.append(float(part.lengths.mean()))
     tokens = [sum(map(row_tokens, part)) for part in (problem.decided, domains)]
     affordable = affordable_rows(args, steps, evaluations, len(updates), lengths, tokens)
     problem.rows = args.eval_limit or affordable
@@ -924,19 +935,21 @@ def main(argv=None):
     run = common.Run("dynamics", args)
     if run.finished:
         return
-    datasets, eval_datasets = common.load_datasets(args)
-    check_labels(args, datasets, eval_datasets)
     rules = parse_references(args.reference, args.constraints)
-    model, tokenizer = common.setup(args)
+    tokenizer = common.setup(args)
+    datasets, eval_datasets = load_datasets(args, tokenizer)
+    check_labels(args, datasets, eval_datasets)
     problem = make_problem(datasets, eval_datasets, tokenizer, args)
+    model = common.load_start(args)
     common.print_memory(model, args, snapshot=args.mixture == "dynamics")
     common.check_gradients(model, problem.examples[0][0], args.dtype)
-    config = common.data_config(datasets, eval_datasets, sum(problem.examples, []))
+    examples = Examples.join(problem.examples)
+    config = common.data_config(datasets, eval_datasets, examples)
     config |= {"update_steps": problem.updates, "validation_rows": problem.rows}
     config["domains"] = {d.label: {"role": d.role, "metric": d.metric} for d in problem.domains}
     run.open(**config)
     if args.show_batch:
-        data.show_examples(sum(problem.examples, []), tokenizer)
+        data.show_examples(examples, tokenizer)
     test_rows = [row for domain in problem.domains for row in domain.test_rows]
     common.write_jsonl(run.folder / "test_rows.jsonl", test_rows)
     measure_before(model, problem, rules, args, run)

@@ -36,7 +36,7 @@ import data
 import plots
 import ranks
 from baselines import Sampler
-from data import Example, UserError, data_rng
+from data import Example, Examples, UserError, data_rng
 
 EPSILON = 1e-6  # ε of the reward; the paper gives no value. fp32 losses below it are rounding
 
@@ -195,7 +195,7 @@ def next_updates(model, optimizer, lr: float, max_grad_norm: float) -> Iterator[
 
 
 def arm_rewards(
-    model, optimizer, arms: dict[str, list[Example]], step: int, lr: float, args: Namespace
+    model, optimizer, arms: dict[str, Examples], step: int, lr: float, args: Namespace
 ) -> np.ndarray:
     """Raw rewards of all datasets after `step` optimizer steps, from one state; nothing remains.
 
@@ -249,7 +249,7 @@ class Dynamix(Sampler):
 
     every = 50
 
-    def __init__(self, arms: dict[str, list[Example]], args: Namespace):
+    def __init__(self, arms: dict[str, Examples], args: Namespace):
         super().__init__(arms, args)
         uniform = np.full(len(arms), 1 / len(arms))
         self.prior = self.proportions if args.prior else uniform
@@ -281,7 +281,7 @@ def train(model, sampler: Sampler, eval_sets: dict, plan: dict, args, run):
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed + ranks.rank())  # of dropout
     labels, sizes = sampler.labels, sampler.sizes
-    pool = [example for arm in sampler.arms.values() for example in arm]
+    pool = Examples.join([*sampler.arms.values()])
     eval_at = common.every(args.eval_every, steps)
     update_at = common.every(args.update_every if sampler.every else 0, steps)
     counts = dict.fromkeys(("steps", "examples", "tokens", "updates"), 0)
@@ -484,19 +484,19 @@ def main(argv=None):
     run = common.Run("dynamix_sft", args)
     if run.finished:
         return
-    datasets, eval_datasets = common.load_datasets(args)
-    model, tokenizer = common.setup(args)
-    parts = data.encode_datasets(datasets, tokenizer, args.max_length)
-    arms = {dataset.label: part for dataset, part in zip(datasets, parts)}
+    tokenizer = common.setup(args)
+    datasets, eval_datasets = common.load_datasets(args, tokenizer)
+    model = common.load_start(args)
+    arms = {dataset.label: dataset.examples for dataset in datasets}
     sampler = SAMPLERS.get(args.sampling, baselines.Fixed)(arms, args)
-    eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
+    eval_sets = {dataset.label: dataset.examples for dataset in eval_datasets}
+    examples = Examples.join([*arms.values()])
     tries = args.sampling == "dynamix" and args.lookahead == "virtual"
     common.print_memory(model, args, snapshot=tries)
-    common.check_gradients(model, parts[0][0], args.dtype)
-    config = common.data_config(datasets, eval_datasets, sum(parts, []))
-    run.open(**config)
+    common.check_gradients(model, examples[0], args.dtype)
+    run.open(**common.data_config(datasets, eval_datasets, examples))
     if args.show_batch:
-        data.show_examples(sum(parts, []), tokenizer)
+        data.show_examples(examples, tokenizer)
     plan = make_plan(sampler, args)
     if not run.state:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,6 +55,16 @@ def short(label: str) -> str:
     return "\u200b" * label.startswith("_") + label.replace("$", r"\$")
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """{name: its end, as long as tells the models apart}: runs/ntp/final is ntp, or runs/ntp."""
+    paths = {name: name.rstrip("/").removesuffix("/final").split("/") for name in names}
+    for count in range(1, max(map(len, paths.values()), default=0) + 1):
+        short = {name: "/".join(path[-count:]) for name, path in paths.items()}
+        if len(set(short.values())) == len(short):
+            return short
+    return {name: name for name in paths}
+
+
 def confident_half(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(N,) -> indices of the upper half, one more where N is odd, and of the lower one (§3.3)."""
     order = np.argsort(-np.asarray(confidence), kind="stable")
@@ -82,6 +93,7 @@ def chosen_step(records: list[dict]) -> int | None:
 def main_metrics(metrics: dict) -> list[str]:
     """The numbers that a table shows: floats but for the intervals and spreads of others."""
     floats = [key for key, value in metrics.items() if isinstance(value, float) and key != "shots"]
+    floats = [key for key in floats if "bias_score_" not in key]  # bbq's by category
     return [key for key in floats if not key.endswith(("_low", "_high", "_std", "_diff"))]
 
 
@@ -320,7 +332,7 @@ def plot_results(figure: Figure, folder: Path, config: dict, records: list) -> N
             error = np.abs(np.array(ends) - row[metric]).reshape(2, 1)
             axis.errorbar(row[metric], i, xerr=error, fmt="o", capsize=3, color=f"C{i % 10}")
         axis.set(title=short(task), xlabel=metric, ylim=(len(results) - 0.5, -0.5))
-        axis.set_yticks(range(len(results)), map(short, results))
+        axis.set_yticks(range(len(results)), map(short, short_names(results).values()))
         axis.tick_params(labelleft=axis.get_subplotspec().is_first_col())
         axis.grid(axis="x", alpha=0.3)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import subprocess
@@ -152,3 +153,33 @@ def run_program(
     if not said:
         raise UserError("--allow_code: a program's sandbox did not start; is the machine full?")
     return process.returncode == 0 and said == b"+" + token
+
+
+# ---- For lm-eval ---------------------------------------------------------------------------------
+def pass_at_k(total: int, correct: int, k: int) -> float:
+    """HumanEval's unbiased pass@k of `total` samples: 1 - C(total - correct, k) / C(total, k)."""
+    return 1.0 - math.comb(total - correct, k) / math.comb(total, k)
+
+
+class CodeEval:
+    """In place of the hub's code_eval, which lm-eval's code tasks load: the same by run_program."""
+
+    box = None  # as run_program has it; the class's, since lm-eval keeps the first object it loads
+
+    def compute(self, references: list[str], predictions: list[list[str]], k=(1,), **_) -> tuple:
+        passed = []
+        for test, candidates in zip(references, predictions):
+            programs = [f"{candidate}\n{test}" for candidate in candidates]
+            passed.append([run_program(program, box=CodeEval.box) for program in programs])
+        values = {}
+        for n in (n for n in k if n <= min(map(len, passed))):
+            rates = [pass_at_k(len(row), sum(row), n) for row in passed]
+            values[f"pass@{n}"] = sum(rates) / len(rates)
+        return values, passed
+
+
+def load_metric(path: str, *args, **kwargs) -> object:
+    """evaluate.load, but code_eval is CodeEval."""
+    from evaluate.loading import load
+
+    return CodeEval() if path == "code_eval" else load(path, *args, **kwargs)

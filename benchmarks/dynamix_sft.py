@@ -32,8 +32,8 @@ from scipy.stats import spearmanr
 from shared import mean_error, print_table
 
 import common
-import data
 import dynamix_sft
+from data import Examples
 
 RECIPE = (
     "--eval_data toy --template plain --batch_size 32 --micro_batch_size 16 --lr 3e-3 --epochs 3 "
@@ -351,12 +351,11 @@ class OverheadRun:
     def __init__(self, flags: argparse.Namespace):
         self.flags = flags
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model, tokenizer = common.setup(flags)
-            datasets, _ = common.load_datasets(flags)
-            parts = data.encode_datasets(datasets, tokenizer, flags.max_length)
+            datasets, _ = common.load_datasets(flags, common.setup(flags))
+            self.model = common.load_start(flags)
+        parts = [dataset.examples for dataset in datasets]
         self.arms = {str(k): parts[k % len(parts)] for k in range(16)}
-        self.pool = [example for arm in self.arms.values() for example in arm]
-        self.lengths = [len(example.ids) for example in self.pool]
+        self.pool = Examples.join([*self.arms.values()])
         self.optimizer = common.make_optimizer(self.model, flags)
         sizes = np.array([len(arm) for arm in self.arms.values()])
         self.sampler = common.MixtureSampler(sizes, flags.batch_size, 0)

@@ -331,6 +331,7 @@ def models(folder, tokenizer):
     edited(copied("heads"), n_head=5)
     (copied("card") / "cleansft.json").write_text("[1]")
     adapter(folder / "pickled", base_model_name_or_path=str(whole))
+    tokenizer.save_pretrained(folder / "pickled")
     (folder / "pickled" / "adapter_model.bin").write_bytes(pickle.dumps(Payload(folder / "ran")))
     named = copied("remote_tokenizer") / "tokenizer_config.json"
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
@@ -341,6 +342,7 @@ def models(folder, tokenizer):
     adapter(folder / "itself", base_model_name_or_path=str(folder / "itself"))
     adapter(folder / "hub_base", base_model_name_or_path="nobody/nothing")
     adapter(folder / "no_weights_adapter", base_model_name_or_path=str(whole))
+    tokenizer.save_pretrained(folder / "no_weights_adapter")
     (folder / "no_json_adapter").mkdir()
     (folder / "no_json_adapter" / "adapter_config.json").write_text("{")
     (folder / "bad.gguf").write_bytes(b"GGUF and nothing of it")
@@ -516,7 +518,7 @@ cases("""
 * --model {remote_tokenizer} | the tokenizer has no EOS token
 * --model {orphan} | adapter_config.json: its base | is not there
 * --model {nameless} | adapter_config.json: names no base
-* --model {itself} | itself:
+* --model {itself} | itself: is an adapter on itself
 * --model {hub_base} | hub_base: cannot be loaded
 * --model {no_weights_adapter} | no_weights_adapter: cannot be loaded
 * --model {no_json_adapter} | no_json_adapter: cannot be loaded
@@ -684,13 +686,14 @@ eval --tasks medqa={deep.jsonl} | deep.jsonl, row 1:
 eval --tasks medqa={mc.jsonl} | mc.jsonl, row 1: has 2 options, medqa has 4
 eval --tasks medqa={choices.jsonl} | choices.jsonl, row 1: has 2 options, medqa has 4
 eval --tasks pubmedqa={choices.jsonl} | choices.jsonl, row 1: is no row of pubmedqa
-eval --tasks bbq={choices.jsonl} | choices.jsonl, row 1: has 2 options, bbq has 3
+eval --tasks bbq={choices.jsonl} | choices.jsonl, row 1: is no row of bbq
 eval --tasks truthfulqa_mc2={choices.jsonl} | choices.jsonl, row 1: is no row of truthfulqa_mc2
-eval --tasks truthfulqa_mc1={rows.jsonl} | rows.jsonl, row 1: truthfulqa_mc1 needs options
-eval --tasks truthfulqa_mc1={choices.jsonl} --shots 13 | are too few for 3 rounds of 13 shots
+eval --tasks truthfulqa_mc1={rows.jsonl} | rows.jsonl, row 1: is no row of truthfulqa_mc1
+eval --tasks mine={choices.jsonl} --shots 13 | are too few for 13 shots
+eval --tasks mine={rows.jsonl} | rows.jsonl, row 1: mine needs options of which one is right
 eval --tasks medqa=toy | toy holds no benchmark's rows; give it with --eval_data
 eval --tasks medqa={rows.jsonl},{no}.jsonl | no.jsonl: no such file or folder
-eval --tasks medqa | cannot load GBaker/MedQA-USMLE-4-options
+eval --tasks medqa | medqa: cannot load its rows from the Hugging Face hub
 eval --tasks mt_bench={schema.jsonl} | schema.jsonl, row 1: no question | turns
 eval --tasks mt_bench={null.jsonl} | null.jsonl, row 1:
 eval --tasks mt_bench={nested.jsonl} | nested.jsonl
@@ -703,7 +706,8 @@ eval --tasks alpaca_eval | cannot load hf://datasets/tatsu-lab/alpaca_eval
 eval --tasks bbq={vacant} | vacant: the folder holds no .json
 eval --judge gpt | --judge grades mt_bench, which is not among the --tasks
 eval --tasks mt_bench={turns3.jsonl} --judge gpt | turns3.jsonl
-eval --tasks rows={rows.jsonl} | --tasks rows: neither one of eval.py's
+eval --tasks rows | --tasks rows: neither one of eval.py's
+eval --tasks mt_bench={turns3.jsonl} --judge_prompts x | turns3.jsonl
 eval --tasks humaneval | humaneval: runs the model's code; add --allow_code
 eval --tasks gsm8k={no}.jsonl | no.jsonl: no such file or folder
 eval --tasks gsm8k={null.jsonl} | null.jsonl, row 1:
@@ -766,7 +770,7 @@ def test_every_flag_that_is_a_number_is_in_the_table(monkeypatch, script):
 @pytest.mark.parametrize("script, flags, words", CASES, ids=[" ".join(case[:2]) for case in CASES])
 def test_bad_input_is_one_line(tmp_path, places, capfd, monkeypatch, script, flags, words):
     monkeypatch.setattr(data, "TEMPLATE_SECONDS", 1)
-    if re.search("--tasks (''|rows|humaneval|gsm8k|hellaswag)", flags):
+    if re.search("--tasks (?!mt_bench|alpaca_eval)", flags):
         pytest.importorskip("lm_eval")
     if "bad.gguf" in flags:
         pytest.importorskip("gguf")

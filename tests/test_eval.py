@@ -1,7 +1,6 @@
-"""eval.py: statistics by hand, log-likelihoods against a plain computation, right and
-wrong answers, resume, judge."""
+"""eval.py: statistics by hand, domains, resume, chat, lm-eval's generating tasks. Multiple choice
+is in test_lm_tasks.py, the judge in test_judge.py."""
 
-import email.utils
 import json
 import math
 import os
@@ -9,19 +8,21 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import alpaca_text, plain, random_model
+from conftest import alpaca_text, random_model
 
 import common
 import data
 import eval as evaluation
+import intervals
+import lm_tasks
+import plots
+import predictions
 import sandbox
 import sftmix
 from common import UserError
@@ -82,19 +83,54 @@ CHAT = [
 
 
 def test_statistics_by_hand():
-    assert evaluation.perplexity_reduction(math.log(8.0), math.log(10.0)) == pytest.approx(20.0)
-    assert evaluation.mc2(np.log([0.1, 0.2, 0.3]), [True, False, True]) == pytest.approx(0.4 / 0.6)
-    assert evaluation.mc2([-1000.0, -1001.0], [False, True]) == pytest.approx(1 / (1 + math.e))
-    assert evaluation.pass_at_k(5, 2, 1) == pytest.approx(0.4)
-    assert evaluation.pass_at_k(5, 2, 3) == pytest.approx(0.9)
-    assert evaluation.parse_score("SCORE: 3\nno\nSCORE: **7.5**") == 7.5
-    assert evaluation.parse_score("SCORE: 11") is None and evaluation.parse_score("seven") is None
+    assert intervals.perplexity_reduction(math.log(8.0), math.log(10.0)) == pytest.approx(20.0)
+    assert sandbox.pass_at_k(5, 2, 1) == pytest.approx(0.4)
+    assert sandbox.pass_at_k(5, 2, 3) == pytest.approx(0.9)
+
+
+def test_intervals_at_the_edges():
+    """Wilson's interval by hand, and where it takes the bootstrap's place."""
+    low, high = intervals.wilson(0.0, 4)
+    assert low == 0.0 and high == pytest.approx(1.959964**2 / (4 + 1.959964**2))
+    assert intervals.wilson(1.0, 4) == pytest.approx((1 - high, 1.0))
+    low, high = intervals.wilson(0.4, 100)  # a solution of (p - 0.4)² = z² p (1 - p) / n
+    for end in (low, high):
+        assert (end - 0.4) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 100)
+
+    def confidence(*sums, weights=1, clusters=None):
+        rows = {i: (total, weights, i) for i, total in enumerate(sums)}
+        return intervals.confidence(rows)
+
+    assert confidence(0, 0, 0, 0) == intervals.wilson(0.0, 4)
+    assert confidence(1, 0, 0, 1) == intervals.wilson(0.5, 4)
+    assert confidence(3, 3, 3, weights=3) == intervals.wilson(1.0, 3)  # three rounds of three rows
+    assert confidence(2, 1, 3, weights=3) == intervals.wilson(2 / 3, 3)
+    rows = {i: (0, 1 + i, i) for i in range(5)}  # no token right of 15
+    assert intervals.confidence(rows) == intervals.wilson(0.0, 5)
+    turns = {i: (1, 1, i // 2) for i in range(8)}  # two turns a dialogue
+    assert intervals.confidence(turns) == intervals.wilson(1.0, 4)
+    low, high = confidence(0.2, 0.9, 0.4)  # MC2 is no count
+    assert 0.2 <= low < 0.5 < high <= 0.9
+    low, high = confidence(4, 9, weights=5)  # grades are none
+    assert (low, high) == (0.8, 1.8)
+
+
+def test_a_difference_without_spread_is_not_certain():
+    wrong, right = ({i: (hit, 1, i) for i in range(4)} for hit in (0, 1))
+    room = intervals.wilson(0.0, 4)[1]
+    both = intervals.difference("acc", wrong, wrong, 0)
+    assert both == {"acc_diff": 0.0, "acc_diff_low": -room, "acc_diff_high": room}
+    better = intervals.difference("acc", right, wrong, 0)
+    assert better == {"acc_diff": 1.0, "acc_diff_low": 1.0 - room, "acc_diff_high": 1.0}
+    losses = {i: (2.5, 1, i) for i in range(4)}
+    equal = intervals.difference("nll", losses, losses, 0)
+    assert equal["nll_diff_low"] == equal["nll_diff_high"] == 0.0
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
     values = np.random.default_rng(0).normal(3.0, 2.0, 900)
-    samples = evaluation.bootstrap_ratios([values], [np.ones(900)], range(900))
-    low, high = evaluation.interval(samples[:, 0])
+    samples = intervals.bootstrap_ratios([values], [np.ones(900)], range(900))
+    low, high = intervals.interval(samples[:, 0])
     error = 1.96 * values.std() / 30
     assert low == pytest.approx(values.mean() - error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + error, abs=0.1 * error)
@@ -105,16 +141,16 @@ def test_bootstrap_is_weighted_clustered_and_paired():
     tokens, noise = rng.integers(1, 50, 300), rng.normal(0, 1, 300)
     one = (2.0 + noise) * tokens
     other = (1.9 + noise) * tokens  # the same noise: paired, the difference is exact
-    samples = evaluation.bootstrap_ratios([one, other], [tokens, tokens], range(300))
+    samples = intervals.bootstrap_ratios([one, other], [tokens, tokens], range(300))
     assert np.allclose(samples[:, 0] - samples[:, 1], 0.1) and samples[:, 0].std() > 0.01
     rows = np.arange(300)
-    once = evaluation.bootstrap_ratios([one], [tokens], rows)[:, 0]
+    once = intervals.bootstrap_ratios([one], [tokens], rows)[:, 0]
     four, four_tokens = [np.tile(one, 4)], [np.tile(tokens, 4)]  # turns of a dialogue, all alike
-    copies = evaluation.bootstrap_ratios(four, four_tokens, np.tile(rows, 4))[:, 0]
+    copies = intervals.bootstrap_ratios(four, four_tokens, np.tile(rows, 4))[:, 0]
     assert np.allclose(once, copies)  # as many independent units as before
-    apart = evaluation.bootstrap_ratios(four, four_tokens, range(1200))[:, 0]
+    apart = intervals.bootstrap_ratios(four, four_tokens, range(1200))[:, 0]
     assert apart.std() < 0.6 * once.std()
-    ratios = evaluation.bootstrap_ratios([[1.0, 9.0]], [[1.0, 3.0]], [0, 0])
+    ratios = intervals.bootstrap_ratios([[1.0, 9.0]], [[1.0, 3.0]], [0, 0])
     assert ratios.tolist() == [[2.5]] * 2000  # Σ sums / Σ weights, not a mean of ratios
 
 
@@ -182,232 +218,6 @@ def test_two_models_are_compared(tmp_path, model_folder, capsys):
     assert "Δ" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------- multiple choice
-
-
-def test_official_and_rehosted_columns_are_the_same_question():
-    def read(name, record):
-        return evaluation.read_question(name, 3, "f", 1, record)
-
-    row = {"question": "Q?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": 2}
-    official = read("medmcqa", row | {"exp": "because y"})
-    options = {"A": "w", "B": "x", "C": "y", "D": "z"}
-    row = {"question": "Q?", "options": options, "answer_idx": "C", "answer": "y", "realidx": "1"}
-    hosted = read("medmcqa", row)
-    assert official == hosted
-    assert official.options == ("w", "x", "y", "z")
-    assert official.true == (False, False, True, False)
-    contexts, decision = ["First.", "Second."], {"final_decision": "maybe"}
-    row = {"QUESTION": "Does it?", "CONTEXTS": contexts, "LONG_ANSWER": "Perhaps."}
-    github = read("pubmedqa", row | decision)
-    row = {"pubid": 1, "question": "Does it?", "long_answer": "Perhaps."}
-    context = {"contexts": contexts, "labels": ["A", "B"]}
-    hub = read("pubmedqa", row | {"context": context} | decision)
-    assert github == hub
-    assert github.true == (False, False, True)
-    assert "Perhaps" not in github.text
-    assert "First. Second." in github.text
-    choices = {"question": "What?"}
-    choices["mc2_targets"] = {"choices": ["t", "u", "f"], "labels": [1, 1, 0]}
-    keys = {"question": "What?", "mc2_targets": {"t": 1, "u": 1, "f": 0, "of another row": None}}
-    assert read("truthfulqa_mc2", choices) == read("truthfulqa_mc2", keys)
-    row = {"context": "C.", "question": "Who?", "ans0": "a", "ans1": "b", "ans2": "c", "label": 1}
-    bbq = read("bbq", row | {"context_condition": "ambig"})
-    assert bbq.options == ("a", "b", "c")
-    assert bbq.true == (False, True, False)
-    assert bbq.group == "ambig"
-
-
-def test_wrong_rows_name_file_and_row():
-    medqa5, other = medqa_rows(1, "ABCDE")[0], "the five-option variant is medqa5"
-    perhaps = {"question": "Q?", "context": ["c"], "final_decision": "perhaps"}
-    no_answer = {"question": "Q?", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": -1}
-    for name, record, message in (
-        ("medqa", medqa5, f"has 5 options, medqa has 4; {other}"),
-        ("pubmedqa", perhaps, "is no row of pubmedqa"),
-        ("medmcqa", no_answer, "right answer -1"),
-        ("truthfulqa_mc2", {"question": "Q?"}, "is no row of truthfulqa_mc2"),
-        ("bbq", {"question": "Q?", "answer": "A"}, "needs options"),
-    ):
-        with pytest.raises(UserError, match="file.jsonl, row 4") as error:
-            evaluation.read_question(name, 3, "file.jsonl", 4, record)
-        assert message in str(error.value)
-
-
-def test_nothing_leaks_into_a_prompt():
-    """A question's prompt is the same whichever option is true; true answers are at every place."""
-    for name in ("medqa", "truthfulqa_mc1", "pubmedqa"):
-        task = evaluation.CHOICE_TASKS[name]
-        shots = [evaluation.Question(9, "Shot?", ("s", "t", "u"), (False, True, False))]
-        prompts = set()
-        for k in range(3):
-            true = tuple(i == k for i in range(3))
-            question = evaluation.Question(0, "Text?", ("x", "y", "z"), true)
-            prompts.add(evaluation.choice_prompt(task, question, shots))
-        assert len(prompts) == 1 and prompts.pop().endswith("\nAnswer:")
-    read, rows = evaluation.read_question, truthful_rows(300)
-    questions = [read("truthfulqa_mc1", i, "f", i, row) for i, row in enumerate(rows)]
-    places = [question.true.index(True) for question in questions]
-    assert all(70 < places.count(place) < 130 for place in range(3))
-
-
-def test_a_scorer_without_preference_is_at_chance(tmp_path, write_jsonl, monkeypatch):
-    """Every option ties: argmax takes the first, not to be the true one by the source's order."""
-
-    def ties(model, questions, *_):
-        return [np.zeros(len(question)) for question in questions]
-
-    monkeypatch.setattr(evaluation, "option_scores", ties)
-    rows = write_jsonl("truthful.jsonl", truthful_rows(300))
-    flags = f"--tasks truthfulqa_mc1={rows} truthfulqa_mc2={rows}"
-    result = run(tmp_path / "run", flags)["tiny"]
-    assert 0.23 < result["truthfulqa_mc1"]["accuracy"] < 0.43
-    assert result["truthfulqa_mc2"]["mc2"] == pytest.approx(2 / 3)
-
-
-def test_shots_are_solved_disjoint_and_change_with_the_round(write_jsonl):
-    def prepare(spec, *flags):
-        return evaluation.prepare(evaluation.parse_args(["--tasks", spec, *flags]))[0]
-
-    test = write_jsonl("test.jsonl", medqa_rows(20))
-    solved = [row | {"question": "Train " + row["question"]} for row in medqa_rows(9)]
-    train = write_jsonl("train.jsonl", solved)
-    task = prepare(f"medqa={test}")
-    shown = [shot.index for shots in task.shots for shot in shots]
-    assert len(task.shots) == 3
-    assert len(set(shown)) == 9
-    assert not set(shown) & {question.index for question in task.rows}
-    assert len(task.rows) == 11
-    assert prepare(f"medqa={test}") == task
-    assert prepare(f"medqa={test}", "--seed", "1").shots != task.shots
-    task = prepare(f"medqa={test},{train}", "--rounds", "5")
-    assert len(task.rows) == 20
-    assert len({tuple(shot.text for shot in shots) for shots in task.shots}) == 5
-    for shots in task.shots:  # 15 shots of 9: rounds share some, none is repeated within one
-        assert len({shot.index for shot in shots}) == 3
-        assert all(shot.text.startswith("Train") for shot in shots)
-    prompt = evaluation.choice_prompt(evaluation.CHOICE_TASKS["medqa"], task.rows[0], task.shots[0])
-    for shot in task.shots[0]:
-        letter = "ABCD"[shot.true.index(True)]
-        assert f"{letter}. {shot.options[shot.true.index(True)]}" in prompt
-        assert f"Answer:\n{letter}\n\n" in prompt
-    truthful = write_jsonl("truthful.jsonl", truthful_rows(9))
-    assert len(prepare(f"truthfulqa_mc2={truthful},{truthful}", "--shots", "2").shots) == 3
-    with pytest.raises(UserError, match="too few"):
-        prepare(f"medqa={write_jsonl('small.jsonl', medqa_rows(8))}")
-
-
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "cohere", "phi"])
-def test_log_likelihoods_equal_a_plain_computation(name, tokenizer):
-    """Every option alone, unpadded, through the whole model: equal for every batch size and style,
-    to 1e-9 in float64 and to 1e-5 a token in fp32."""
-    model, exact = random_model(name).eval(), random_model(name).eval().double()
-    rows = {"medqa": medqa_rows(5), "truthfulqa_mc1": truthful_rows(5), "pubmedqa": []}
-    for i in range(5):
-        row = {"question": f"Is {i}?", "context": ["word " * (1 + 5 * i)], "final_decision": "no"}
-        rows["pubmedqa"].append(row)
-    read = evaluation.read_question
-    for task_name, records in rows.items():
-        task = evaluation.CHOICE_TASKS[task_name]
-        questions = [read(task_name, i, "f", i, record) for i, record in enumerate(records)]
-        shots, questions = questions[:1], questions[1:]
-        encoded = evaluation.encode_questions(task, questions, shots, plain(tokenizer), 500)
-        alone, tokens = {model: [], exact: []}, []
-        for question in questions:
-            prompt = tokenizer(evaluation.choice_prompt(task, question, shots) + "\n").input_ids
-            for answer in evaluation.scored_answers(question, task.style):
-                ids = torch.tensor([prompt + tokenizer(answer, add_special_tokens=False).input_ids])
-                tokens.append(ids.shape[1] - len(prompt))
-                for lm in alone:
-                    with torch.no_grad():
-                        logits = torch.log_softmax(lm(input_ids=ids).logits[0].double(), -1)
-                    places = range(len(prompt), ids.shape[1])
-                    alone[lm].append(sum(logits[t - 1, ids[0, t]].item() for t in places))
-        options = [examples for examples, _ in encoded.values()]
-        for batch_size in (1, 3, 64):
-            for lm, tolerance in ((model, 1e-5), (exact, 1e-9)):
-                scores = evaluation.option_scores(lm, options, batch_size, "fp32")
-                assert list(encoded) == [0, 1, 2, 3]
-                error = np.abs(np.concatenate(scores) - alone[lm])
-                assert (error < tolerance * np.array(tokens)).all()
-
-
-def test_right_and_wrong_answers_score_one_and_zero(tmp_path, write_jsonl, monkeypatch):
-    rows = {"medqa": medqa_rows(13), "medqa5": medqa_rows(14, "ABCDE")}
-    rows |= {"truthfulqa_mc1": truthful_rows(4), "truthfulqa_mc2": truthful_rows(4)}
-    rows |= {"medmcqa": [], "pubmedqa": [], "bbq": []}
-    for i in range(12):
-        row = {"question": f"{i}?", "opa": "w", "opb": "x", "opc": "y", "opd": "z", "cop": i % 4}
-        rows["medmcqa"].append(row)
-        row = {"QUESTION": f"{i}?", "CONTEXTS": ["c"], "LONG_ANSWER": "l"}
-        rows["pubmedqa"].append(row | {"final_decision": ("yes", "no", "maybe")[i % 3]})
-    for i in range(6):
-        row = {"context": "c", "question": f"{i}?", "ans0": "a", "ans1": "b", "ans2": "c"}
-        condition = ("ambig", "disambig")[i % 2]
-        rows["bbq"].append(row | {"label": i % 3, "context_condition": condition})
-    tasks = [f"{name}={write_jsonl(name + '.jsonl', records)}" for name, records in rows.items()]
-    original = evaluation.encode_questions
-    for sign, value in ((1, 1.0), (-1, 0.0)):
-        truth = []
-
-        def remember(task, questions, *rest, truth=truth, sign=sign):
-            result = original(task, questions, *rest)
-            truth[:] = [sign * np.where(questions[i].true, 50.0, 0.0) for i in result]
-            return result
-
-        monkeypatch.setattr(evaluation, "encode_questions", remember)
-        monkeypatch.setattr(evaluation, "option_scores", lambda *_, truth=truth: truth)
-        result = run(tmp_path / str(sign), "--tasks", *tasks)["tiny"]
-        assert set(result) == set(rows)
-        for name, row in result.items():
-            key = "mc2" if name == "truthfulqa_mc2" else "accuracy"
-            assert row[key] == pytest.approx(value, abs=1e-9)
-        assert result["bbq"]["accuracy_ambig"] == result["bbq"]["accuracy_disambig"] == value
-        assert result["medqa5"]["n"] == 5
-
-
-def test_a_model_that_learnt_one_letter(tmp_path, write_jsonl, tokenizer):
-    """A few steps of training towards B: the accuracy is the share of rows whose answer is B."""
-    model = common.tiny_model(0)
-    rows = medqa_rows(12)
-    task = evaluation.CHOICE_TASKS["medqa"]
-    questions = [evaluation.read_question("medqa", i, "f", i, row) for i, row in enumerate(rows)]
-    encoded = evaluation.encode_questions(task, questions, [], plain(tokenizer), 400)
-    examples = [options[1] for options, _ in encoded.values()]
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for _ in range(6):
-        batch = common.collate(examples, "cpu")
-        hidden, head = common.response_states(model, batch, "fp32")
-        common.response_loss(hidden, batch.targets, head)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    name = str(tmp_path / "model")
-    flags = f"--model {name} --tasks medqa={write_jsonl('rows.jsonl', rows)} --shots 0"
-    result = run(tmp_path / "run", flags)[name]["medqa"]
-    folder = tmp_path / "run" / "predictions" / evaluation.safe_name(name)
-    predictions = lines(folder / "medqa.jsonl")
-    assert {line["prediction"][-1] for line in predictions} == {"B"}
-    assert result["accuracy"] == pytest.approx(3 / 12)
-    assert result["rounds"] == 1
-
-
-def test_shots_that_do_not_fit_are_skipped(tmp_path, write_jsonl, tokenizer):
-    rows = medqa_rows(4) + [medqa_rows(1)[0] | {"question": "long " * 200}]
-    task = evaluation.CHOICE_TASKS["medqa"]
-    questions = [evaluation.read_question("medqa", i, "f", i, row) for i, row in enumerate(rows)]
-    shots, questions = questions[:3], questions[3:]
-    encoded = evaluation.encode_questions(task, questions, shots, plain(tokenizer), 400)
-    assert encoded[0][1] == 2  # 3 shots are too long,
-    assert 1 not in encoded  # and the last question alone is
-    text = tokenizer.decode(encoded[0][0][0].ids.tolist())
-    assert "disease 0" not in text and "disease 1" in text and "disease 2" in text
-    flags = f"--tasks medqa={write_jsonl('rows.jsonl', rows)} --shots 0 --max_length 400"
-    result = run(tmp_path / "run", flags)["tiny"]["medqa"]
-    assert result["skipped"] == 1 and result["n"] == 4
-
-
 # -------------------------------------------------------------------------------------------- state
 
 
@@ -420,22 +230,23 @@ def test_interrupted_and_continued_is_the_same(
     tmp_path, write_jsonl, monkeypatch, model_folder, how
 ):
     monkeypatch.setattr(evaluation, "BLOCK", 4)
-    medqa, chat = write_jsonl("medqa.jsonl", medqa_rows(21)), write_jsonl("chat.jsonl", CHAT)
-    flags = f"--model {model_folder('gpt2')} --eval_data toy/copy --tasks medqa={medqa}"
-    flags += f" mt_bench={chat} --limit 10 --shots 1 --max_new_tokens 8 --batch_size 1"
+    flags = f"--model {model_folder('gpt2')} --eval_data toy/copy toy/add --limit 10"
+    flags += (
+        f" --tasks mt_bench={write_jsonl('chat.jsonl', CHAT)} --max_new_tokens 8 --batch_size 1"
+    )
     first, second = tmp_path / "whole", tmp_path / "cut"
     whole = run(first, flags)
-    add, calls = evaluation.Predictions.add, []
+    add, calls = predictions.Predictions.add, []
 
     def interrupt(self, rows):
         add(self, rows)
         calls.append(len(rows))
-        if len(calls) in (2, 6, 14):  # in the domain, in a round of medqa, between chat questions
+        if len(calls) in (2, 5, 8):  # in a domain, in another, between chat questions
             with open(self.part, "ab") as stream:
                 stream.write(b'{"index": 3, "half a li')
             raise how
 
-    monkeypatch.setattr(evaluation.Predictions, "add", interrupt)
+    monkeypatch.setattr(predictions.Predictions, "add", interrupt)
     for _ in range(3):
         with pytest.raises((how, SystemExit)):
             run(second, flags)
@@ -447,7 +258,7 @@ def test_interrupted_and_continued_is_the_same(
         for line in one + other:
             line.pop("tstamp", None)
         assert one == other
-    assert again == whole and sum(calls) == 10 + 30 + 3  # every row once
+    assert again == whole and sum(calls) == 10 + 10 + 3  # every row once
 
     def load(*_, **__):
         raise AssertionError("everything is there: no model is needed")
@@ -459,10 +270,9 @@ def test_interrupted_and_continued_is_the_same(
 def test_continued_in_the_middle_of_a_block_is_the_same(tmp_path, write_jsonl, monkeypatch):
     monkeypatch.setattr(evaluation, "BLOCK", 8)
     monkeypatch.setattr(time, "time", lambda: 1e9)  # of an answer
-    rows = write_jsonl("mc.jsonl", truthful_rows(20))
     chat = [{"question_id": i, "turns": [f"Say {'so ' * i}{i}.", "More."]} for i in range(7)]
     chat = write_jsonl("chat.jsonl", chat)
-    flags = f"--eval_data toy/copy --tasks truthfulqa_mc2={rows} mt_bench={chat} --batch_size 3"
+    flags = f"--eval_data toy/copy --tasks mt_bench={chat} --batch_size 3"
     flags += " --limit 20 --max_new_tokens 8 --template plain"
     whole, asked, generate = run(tmp_path / "whole", flags), [], evaluation.generate
 
@@ -576,6 +386,7 @@ def test_one_process_writes_a_folder(tmp_path, evaluated, capsys):
 
 
 def test_other_settings_data_or_models_are_refused(tmp_path, write_jsonl, model_folder, capsys):
+    pytest.importorskip("lm_eval")
     rows, name = write_jsonl("medqa.jsonl", medqa_rows(14)), model_folder("gpt2")
     flags = ["--model", name, "--tasks", f"medqa={rows}", *QUICK]
     result = run(tmp_path / "run", *flags)
@@ -595,12 +406,13 @@ def test_other_settings_data_or_models_are_refused(tmp_path, write_jsonl, model_
     one = run(tmp_path / "more", f"--model tiny --tasks medqa={rows}", *QUICK)
     both = run(tmp_path / "more", f"--model tiny {name} --tasks medqa={rows}", *QUICK)
     assert both["tiny"] == one["tiny"]  # a model is added to a folder
-    assert both[name]["medqa"]["accuracy"] == result[name]["medqa"]["accuracy"]
+    assert both[name]["medqa"]["acc"] == result[name]["medqa"]["acc"]
     more = run(tmp_path / "more", "--eval_data", "toy/add#3")["tiny"]
     assert set(more) == {"add", "medqa"}  # and a task; what was there stays
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, write_jsonl, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     rows, chat = write_jsonl("medqa.jsonl", medqa_rows(14)), write_jsonl("chat.jsonl", CHAT)
@@ -613,6 +425,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, write_jsonl, monkeyp
         (f"--tasks mt_bench={rows}", "row 1: no question"),
         (f"--tasks medqa={rows} --judge x", "not among"),
         (f"--tasks mt_bench={chat} --judge x", "OPENAI_API_KEY"),
+        (f"--tasks mt_bench={chat} --judge_prompts x", "--judge_prompts: are for --judge"),
         (f"--model {tmp_path / 'none'} --tasks medqa={rows}", "no such folder"),
         (f"--tasks mt_bench={empty}", "row 1: no question"),
     ):
@@ -709,190 +522,12 @@ def test_formats_history_and_templates(tmp_path, write_jsonl, monkeypatch, model
     assert seen[-1] == "[user]Write a line.[assistant]answer 7[user]Again, shorter.[assistant]"
 
 
-# -------------------------------------------------------------------------------------------- judge
-
-
-@pytest.fixture()
-def endpoint(monkeypatch):
-    """A server that speaks the protocol here -> (requests, faults to serve first)."""
-    requests, faults, lock = [], [], threading.Lock()
-
-    def completion(text):
-        return json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
-                fault = faults.pop(0) if faults else None
-            headers, status, reply = {}, 200, completion("Fine.\nSCORE: 8")
-            if fault == "timeout":
-                time.sleep(0.5)
-            elif fault == "malformed":
-                reply = b'{"choices": [{"mess'
-            elif fault == "empty":
-                reply = b'{"choices": []}'
-            elif fault == "cut":
-                headers["Content-Length"] = "10000"
-            elif fault == "unscored":
-                reply = completion("I would rather not say.")
-            elif fault:
-                status, headers = fault if isinstance(fault, tuple) else (fault, {})
-                reply = b'{"error": {"message": "busy"}}'
-            try:
-                self.send_response(status)
-                for key, value in {"Content-Length": str(len(reply)), **headers}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                self.wfile.write(reply)
-            except OSError:
-                pass  # the client gave up
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    monkeypatch.setattr(evaluation, "FIRST_WAIT", 0.01)
-    yield requests, faults
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("fault", [429, 500, 503, "timeout", "malformed", "empty", "cut"])
-def test_faults_are_tried_again(endpoint, monkeypatch, fault):
-    requests, faults = endpoint
-    faults += [fault, fault]
-    monkeypatch.setattr(evaluation, "TIMEOUT", 0.3)
-    assert "SCORE: 8" in evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], "secret")
-    assert len(requests) == 3
-    assert requests[0]["path"] == "/v1/chat/completions"
-    assert requests[0]["key"] == "Bearer secret"
-
-
-def test_waits_double_or_follow_the_server(endpoint):
-    requests, faults = endpoint
-    soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    later = [{"Retry-After": value} for value in ("7", soon, "soon")]
-    faults += [500, (429, later[0]), (429, later[1]), (503, later[2])]
-    waits = []
-    evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], None, sleep=waits.append)
-    assert waits[0] == 0.01
-    assert waits[1] == 7.0
-    assert 25 < waits[2] <= 30
-    assert waits[3] == 0.08
-    assert requests[0]["key"] is None
-
-
-def test_refused_requests_are_not_repeated(endpoint):
-    requests, faults = endpoint
-    faults += [401]
-    with pytest.raises(UserError, match="HTTP 401.*busy"):
-        evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], "wrong")
-    assert len(requests) == 1
-    faults += [500] * evaluation.ATTEMPTS
-    with pytest.raises(UserError, match=f"no answer in {evaluation.ATTEMPTS} tries.*HTTP 500"):
-        evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], "secret", sleep=lambda _: None)
-
-
-ADDRESSES = [
-    ("nonsense", "no http:// or https:// address"),
-    ("file:///etc/passwd", "no http:// or https:// address"),
-    ("ftp://host/v1", "no http:// or https:// address"),
-    ("http://", "no http:// or https:// address"),
-    ("http://:80/v1", "no http:// or https:// address"),
-    ("http://host:port/v1", "no http:// or https:// address"),
-    ("http://[::1/v1", "no http:// or https:// address"),
-    ("http://ho st/v1", "no http:// or https:// address"),
-    ("http://h\u00f6st/v1", "no http:// or https:// address"),
-    ("http://me:hunter2@127.0.0.1:9/v1", "holds a user, a password"),
-    ("http://hunter2@127.0.0.1:9/v1", "holds a user, a password"),
-    ("http://127.0.0.1:9/v1?key=hunter2", "holds a user, a password"),
-]
-
-
-@pytest.mark.parametrize("address, message", ADDRESSES)
-def test_judge_addresses_are_checked_first(
-    tmp_path, write_jsonl, monkeypatch, capsys, address, message
-):
-    monkeypatch.setenv("OPENAI_BASE_URL", address)
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    flags = ["--tasks", f"mt_bench={write_jsonl('chat.jsonl', CHAT)}", "--judge", "judge"]
-    error = fails(capsys, tmp_path / "run", *flags)
-    assert "OPENAI_BASE_URL: " in error and message in error
-    assert "hunter2" not in error and "sk-secret" not in error
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-    error = fails(capsys, tmp_path / "run", *flags)
-    assert "OPENAI_API_KEY: holds" in error and "sk-secret" not in error
-
-
-@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
-@pytest.mark.parametrize(
-    "target", ["http://localhost:{}/x", "file:///etc/me:hunter2@x", "http://["]
-)
-def test_redirects_are_not_followed(endpoint, code, target):
-    requests, faults = endpoint
-    port = os.environ["OPENAI_BASE_URL"].split(":")[2].split("/")[0]
-    faults += [(code, {"Location": target.format(port)})]
-    with pytest.raises(UserError, match=f"HTTP {code} redirects to .*not followed") as error:
-        evaluation.ask("judge", [], os.environ["OPENAI_BASE_URL"], "secret")
-    assert len(requests) == 1
-    assert "hunter2" not in str(error.value) and "secret" not in str(error.value)
-
-
-def test_nothing_is_judged_twice(tmp_path, write_jsonl, endpoint, monkeypatch, capsys):
-    requests, faults = endpoint
-    chat = write_jsonl("chat.jsonl", CHAT)
-    flags = ["--tasks", f"mt_bench={chat}", "--max_new_tokens", "4", "--judge", "judge/x"]
-    monkeypatch.setattr(evaluation, "JUDGE_THREADS", 1)
-
-    def generate(model, tokenizer, prompts, *_):
-        return [(f"text {len(prompt)}", False) for prompt in prompts]
-
-    monkeypatch.setattr(evaluation, "generate", generate)
-    faults += [None] * 9 + [400]  # the tenth request is refused: the command stops
-    assert "HTTP 400" in fails(capsys, tmp_path / "run", *flags)
-    assert len(requests) in (10, 11)  # one may have been on its way
-    assert not (tmp_path / "run" / "results.json").exists()
-    # one judgement stays without a score, one gets it at the second asking
-    faults += ["unscored", "unscored", "unscored", None]
-    result = run(tmp_path / "run", *flags)["tiny"]["mt_bench"]
-    judged = lines(tmp_path / "run" / "judgements" / "judge-x" / "tiny.jsonl")
-    keys = {line["key"] for line in judged}
-    assert len(judged) == len(keys) == 25  # (2 + 2 + 1) answers x 5 rounds
-    # each once; the refused one; one more for each of the two without a score at first
-    assert len(requests) == 25 + 1 + 2
-    assert result["score"] == 8.0
-    assert result["rounds"] == 5
-    assert result["unscored"] == 1
-    assert result["judge"] == "judge/x"
-    assert result["score_turn2"] == 8.0
-    before = len(requests)
-    assert run(tmp_path / "run", *flags)["tiny"]["mt_bench"] == result and len(requests) == before
-    assert run(tmp_path / "run", *flags, "--rounds", "6")["tiny"]["mt_bench"]["rounds"] == 6
-    assert len(requests) == before + 5
-    assert {(request["model"], request["temperature"]) for request in requests} == {("judge/x", 0)}
-    texts = {request["messages"][1]["content"] for request in requests}
-    with_reference = [text for text in texts if "[reference" in text]
-    assert len(with_reference) == 2  # both turns of the math question, no other
-    assert all("2 + 3" in text for text in with_reference)
-    second = next(text for text in with_reference if "to the second message" in text)
-    assert "ten" in second
-    assert "five" not in second
-    answers = [second.index(f"[assistant, answer {i}]") for i in (1, 2)]
-    assert answers[0] < second.index("Double it.") < answers[1]
-
-
 def test_scores_by_turn_and_round():
     grades = [(1, 0, 0, 4.0), (1, 0, 1, 6.0), (1, 1, 0, 1.0), (1, 1, 1, 3.0)]
     grades += [(2, 0, 0, 10.0), (2, 0, 1, None)]
     keys = ("question_id", "turn", "round", "score")
-    lines = [dict(zip(keys, values)) | {"judge": "j"} for values in grades]
+    made = {"judge": "j", "prompts": "ours"}
+    lines = [dict(zip(keys, values)) | made for values in grades]
     answers = [{"answers": ["a", "bcd"], "prompt_cut": True}]
     metrics, rows = evaluation.summarise_chat(None, answers, lines)
     assert metrics["score_turn1"] == pytest.approx(20 / 3)
@@ -900,9 +535,72 @@ def test_scores_by_turn_and_round():
     assert metrics["score"] == pytest.approx(24 / 5)
     assert metrics["score_std"] == pytest.approx(np.std([5.0, 4.5], ddof=1))
     assert metrics["unscored"] == 1
+    assert metrics["judge_prompts"] == "ours"
     assert metrics["prompts_cut"] == 1
     assert rows["score"] == {1: (14.0, 4, 1), 2: (10.0, 1, 2)}
     assert metrics["answer_characters"] == 2.0
+
+
+def test_fastchats_ids_are_exported(tmp_path, write_jsonl, monkeypatch):
+    """The hub's copy of MT-Bench has ids of its own; FastChat's are found by a question's text."""
+    first = "Compose an engaging travel blog post about a recent trip to Hawaii, and more."
+    last = "Suggest five award-winning documentary films  with brief background descriptions."
+    rows = [
+        {"prompt": [text, "Shorter."], "prompt_id": i * 10**6}
+        for i, text in ((3, last), (7, first))
+    ]
+    rows.append({"prompt": ["None of FastChat's questions."], "prompt_id": 5})
+    rows.append({"turns": [first], "question_id": 9})  # who says an id means it
+    monkeypatch.setattr(evaluation, "generate", lambda *args: [("a", False)] * len(args[2]))
+    run(tmp_path / "run", f"--tasks mt_bench={write_jsonl('hub.jsonl', rows)}")
+    exported = lines(tmp_path / "run" / "mt_bench" / "tiny.jsonl")
+    assert [line["question_id"] for line in exported] == [160, 81, 5, 9]
+    assert len(set(evaluation.MT_BENCH)) == 80
+
+
+def test_alpaca_evals_command_has_a_folder_a_model(tmp_path, write_jsonl, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation, "generate", lambda *args: [("a", False)] * len(args[2]))
+    rows = write_jsonl("rows.jsonl", [{"instruction": "Name a tree."}])
+    run(tmp_path / "run", f"--tasks alpaca_eval={rows}")
+    folder = tmp_path / "run" / "alpaca_eval"
+    command = f"alpaca_eval --model_outputs {folder}/tiny.json --output_path {folder}/tiny "
+    assert f"{command}--is_overwrite_leaderboard" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------- versions
+
+
+def test_versions_are_kept_and_compared(tmp_path, evaluated, monkeypatch, capsys):
+    flags, folder = ["--eval_data", "toy/copy", "--limit", "12"], tmp_path / "run"
+    shutil.copytree(evaluated, folder)
+    versions = run(folder, *flags)["tiny"]["copy"]["versions"]
+    assert versions["torch"] == torch.__version__ and len(versions["template"]) == 8
+    documented = tmp_path / "documented.json"
+    monkeypatch.setattr(evaluation, "DOCUMENTED", documented)
+    there = {**versions, "torch": torch.__version__.split("+")[0]}
+    documented.write_text(json.dumps({**there, "definitions": {"gsm8k": "3.0 abc"}}))
+    capsys.readouterr()
+    run(folder, *flags)
+    assert "warning" not in capsys.readouterr().out
+    documented.write_text(json.dumps({**versions, "torch": "1.0", "definitions": {}}))
+    run(folder, *flags)  # nothing is computed: they are those that the predictions were made with
+    assert f"torch {versions['torch']} (there 1.0)" in capsys.readouterr().out
+    row = {"versions": {"lm_eval": "1", "definitions": {"gsm8k": "3.0 def"}}}
+    documented.write_text(json.dumps({"lm_eval": "1", "definitions": {"gsm8k": "3.0 abc"}}))
+    evaluation.warn_of_versions({"tiny": {"gsm8k": row}})
+    assert "gsm8k 3.0 def (there 3.0 abc)" in capsys.readouterr().out
+
+
+def test_models_are_named_shortly(tmp_path, model_folder, capsys):
+    names = {"runs/ntp/final": "ntp", "runs/sftmix/final/": "sftmix", "meta/Llama-3": "Llama-3"}
+    assert plots.short_names(names) == names
+    same = {"a/x/final": "a/x", "b/x/final": "b/x", "c/y": "c/y"}
+    assert plots.short_names(same) == same
+    assert plots.short_names(["tiny"]) == {"tiny": "tiny"}
+    name = model_folder("gpt2")
+    run(tmp_path / "run", f"--model tiny {name} --eval_data toy/copy --limit 4")
+    header = capsys.readouterr().out.split("task ")[1].split("\n")[0]
+    assert header.split()[-2:] == ["tiny", Path(name).name]
 
 
 # ----------------------------------------------------------------------------------- generated code
@@ -914,8 +612,8 @@ def no_box():
 
 def test_code_eval_speaks_the_metrics_protocol(monkeypatch):
     tests, programs = ["assert f(2) == 3"], [["def f(x): return x + 1", "def f(x): return x"]]
-    metric = evaluation.CodeEval()
-    monkeypatch.setattr(evaluation.CodeEval, "box", sandbox.unsafe)
+    metric = sandbox.CodeEval()
+    monkeypatch.setattr(sandbox.CodeEval, "box", sandbox.unsafe)
     values, passed = metric.compute(references=tests, predictions=programs, k=[1, 2])
     assert values == {"pass@1": 0.5, "pass@2": 1.0} and passed == [[True, False]]
 
@@ -975,7 +673,7 @@ def test_gsm8k_over_local_rows(tmp_path, write_jsonl, monkeypatch, capsys):
     assert result["exact_match,strict-match_low"] < 0.5
     before = len(prompts)
     run(tmp_path / "held", "--tasks", f"gsm8k={test}", "--shots", "2")
-    assert len(prompts) == before + 4
+    assert len(prompts) == before + 6  # every row, by shots of the others
     for prompt in prompts[before:]:
         shots, question = prompt.rsplit("Question:", 1)
         assert question not in shots
@@ -1021,7 +719,7 @@ def test_ifeval_over_local_rows(tmp_path, write_jsonl, monkeypatch):
     pytest.importorskip("langdetect")
     # these rows need no sentence splitter
     monkeypatch.setattr(nltk, "download", lambda *_, **__: False)
-    monkeypatch.setattr(evaluation, "check_punkt", lambda: None)
+    monkeypatch.setattr(lm_tasks, "check_needs", lambda *_: None)
     first = {"key": 1, "prompt": "No commas.", "kwargs": [{}]}
     first["instruction_id_list"] = ["punctuation:no_comma"]
     second = {"key": 2, "prompt": "Say tree twice, no commas."}
@@ -1054,13 +752,15 @@ def test_popqa_definition(tmp_path, write_jsonl, monkeypatch):
 
 def test_the_ten_benchmarks_exist():
     pytest.importorskip("lm_eval")
-    known = evaluation.task_manager().task_index
-    names = [name.removeprefix("lm_eval/") for name in evaluation.DYNAMIXSFT]
-    assert len(names) == 10
-    assert [name for name in names if name not in known] == ["popqa"]
+    known = lm_tasks.index_of(True).task_index
+    assert len(lm_tasks.DYNAMIXSFT) == 10
+    assert [name for name in lm_tasks.DYNAMIXSFT if name not in known] == ["popqa"]
+    assert all(base in known for base, *_ in lm_tasks.CHOICES.values())
 
 
 def test_lm_eval_is_asked_for_only_when_needed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    error = fails(capsys, tmp_path / "run", "--tasks", "gsm8k")
-    assert "pip install 'lm_eval[ifeval,math]'" in error
+    lm_tasks.index_of.cache_clear()
+    for task in ("gsm8k", "medqa", "mine=rows.jsonl"):
+        error = fails(capsys, tmp_path / "run", "--tasks", task)
+        assert "pip install 'lm_eval[ifeval,math]'" in error

@@ -415,6 +415,7 @@ def test_chosen_step():
 def test_main_metrics():
     row = {"n": 4, "shots": 3.0, "acc": 0.5, "acc_low": 0.4, "acc_high": 0.6, "acc_std": 0.1}
     row |= {"acc_diff": 0.1, "acc_diff_low": 0.0, "acc_diff_high": 0.2, "versus": "x", "f1": 0.3}
+    row |= {"versions": {"torch": "2"}, "amb_bias_score_Age": 0.1}
     assert plots.main_metrics(row) == ["acc", "f1"]
 
 
