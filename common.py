@@ -27,9 +27,10 @@ from tqdm import tqdm
 
 import data
 import models
+import prepare
 import ranks
 import runs
-from data import Dataset, Example, UserError, data_rng
+from data import Example, Examples, UserError, data_rng
 from models import (
     DTYPES,
     Head,
@@ -38,8 +39,8 @@ from models import (
     describe_model,
     hidden_states,
     load_model,
+    load_tokenizer,
     load_trainable,
-    max_positions,
     output_head,
     pick_device,
     pick_dtype,
@@ -47,6 +48,7 @@ from models import (
     trainable,
     wide_product,
 )
+from prepare import Prepared, Recipe
 from runs import Run, rng_state, set_rng_state
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -120,6 +122,9 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     add("--eval_data", nargs="+", default=[], metavar="SPEC", help="fixed evaluation sets")
     add("--source_column", metavar="NAME",
         help="split every training file into one dataset per value of this column")
+    add("--no_cache", action="store_true",
+        help="prepare the data anew; else its tokens are kept in $CLEANSFT_CACHE, or "
+             "~/.cache/cleansft")
     add("--template", default="auto", metavar="NAME",
         help="alpaca, plain, chat (the tokenizer's own template) or a Jinja file; auto: chat if "
              "the tokenizer has a template, else alpaca")
@@ -174,27 +179,66 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     return parser
 
 
-def load_datasets(args: Namespace) -> tuple[list[Dataset], list[Dataset]]:
-    """-> the datasets of --data and of --eval_data. Raises UserError."""
-    training = data.load_data(args.data, args.source_column, args.seed)
-    return training, data.load_data(args.eval_data, seed=args.seed, split="eval")
+def read_json(path: str, flag: str, expected: str) -> dict:
+    """The object in a JSON file that a flag names. Raises UserError."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{flag} {path}: expected {expected} ({error})") from None
+
+
+def read_weights(path: str, flag: str, labels: list[str]) -> np.ndarray:
+    """{label: weight} in a JSON file that a flag names -> weights (K,), of sum 1. Raises
+    UserError."""
+    form = f"{{label: weight}} for {', '.join(labels)}"
+    given = read_json(path, flag, form)
+    try:
+        weights = np.array([float(given.pop(label)) for label in labels])
+    except (ValueError, TypeError, KeyError) as error:
+        cause = f"{type(error).__name__}: {error}"
+        raise UserError(f"{flag} {path}: expected {form} ({cause})") from None
+    if given:
+        problem = f"{sorted(given)[0]!r} is no label of --data; there are {', '.join(labels)}"
+        raise UserError(f"{flag} {path}: {problem}")
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+        raise UserError(f"{flag} {path}: weights must be at least 0, and not all 0")
+    return weights / weights.sum()
 
 
 def setup(args: Namespace):
-    """-> the model that is trained, and its tokenizer with the chat template that it is trained by.
-    Fills in what the flags leave open: dtype, template and the date it writes, max_length,
-    lora_alpha, save_dtype. Raises UserError."""
+    """-> the tokenizer of --model, with the chat template that the run trains by. Fills in what the
+    flags leave open: dtype, template and the date it writes, max_length, lora_alpha. Raises
+    UserError."""
     args.dtype = pick_dtype(args.dtype, pick_device())
     if args.lora_rank and not args.lora_alpha:
         args.lora_alpha = 2.0 * args.lora_rank
-    model, tokenizer = load_trainable(args.model, args)
-    describe_model(model, args.model, args.dtype)
+    tokenizer, longest = load_tokenizer(args.model)
     tokenizer = set_template(tokenizer, args)
-    args.max_length = min(args.max_length or 2048, max_positions(model))
+    args.max_length = min(args.max_length or 2048, longest)
+    return tokenizer
+
+
+def recipe(args: Namespace, tokenizer, split: str = "train") -> Recipe:
+    """How the flags have data prepared for this tokenizer."""
+    column = args.source_column if split == "train" else None
+    cache = None if args.no_cache else prepare.cache_folder()
+    return Recipe(tokenizer, args.max_length, args.seed, split, column, cache)
+
+
+def load_datasets(args: Namespace, tokenizer) -> tuple[list[Prepared], list[Prepared]]:
+    """-> the datasets of --data and of --eval_data, tokenised. Raises UserError."""
+    training = prepare.load(args.data, recipe(args, tokenizer))
+    return training, prepare.load(args.eval_data, recipe(args, tokenizer, "eval"))
+
+
+def load_start(args: Namespace):
+    """-> the model that is trained, as it starts. Fills in --save_dtype. Raises UserError."""
+    model = load_trainable(args.model, args)[0]
+    describe_model(model, args.model, args.dtype)
     if args.save_dtype == "auto":
         names = {dtype: name for name, dtype in DTYPES.items()}
         args.save_dtype = names.get(causal_lm(model).base_dtype, "fp32")
-    return model, tokenizer
+    return model
 
 
 def read_card(model: str) -> dict:
@@ -238,12 +282,6 @@ def first_start(args: Namespace) -> dict:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))["flags"]
     return {}
-
-
-def encode_eval(datasets: list[Dataset], tokenizer, args: Namespace) -> dict[str, list[Example]]:
-    """{label: examples} of the evaluation sets."""
-    parts = data.encode_datasets(datasets, tokenizer, args.max_length)
-    return {dataset.label: part for dataset, part in zip(datasets, parts)}
 
 
 def batch_arithmetic(args: Namespace) -> str:
@@ -787,13 +825,14 @@ def save_final(model, tokenizer, measure: Callable, step: int, run: Run, part: s
     return result
 
 
-def data_config(training: list[Dataset], evaluation: list[Dataset], examples: Iterable) -> dict:
-    """What config.json says of the data, once it is encoded; a resumed run must find the same.
-    examples: all training examples. The text's fingerprint serves any tokenizer."""
+def data_config(training: list, evaluation: list, examples: Examples) -> dict:
+    """What config.json says of the data; a resumed run must find the same. training, evaluation:
+    data.Dataset or Prepared; examples: all that are trained on. The text's fingerprint serves any
+    tokenizer."""
     config = {"data_fingerprint": data.fingerprint(training)}
     config["eval_fingerprint"] = data.fingerprint(evaluation)
-    config["ids_fingerprint"] = data.ids_fingerprint(examples)
-    config["datasets"] = {dataset.label: len(dataset.rows) for dataset in training}
+    config["ids_fingerprint"] = examples.fingerprint()
+    config["datasets"] = {dataset.label: dataset.size for dataset in training}
     for name, sets in (("data", training), ("eval_data", evaluation)):
         counted = {each.label: each.left_out for each in sets if each.left_out}
         config.setdefault("left_out", {})[name] = counted

@@ -11,8 +11,10 @@ import contextlib
 import copy
 import csv
 import datetime
+import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -69,6 +71,9 @@ class Row:
         return (self.messages, self.input) if self.messages else self.response
 
 
+DIGESTS = np.dtype([("text", "<u8", 2), ("prompt", "<u8")])
+
+
 @dataclass
 class Dataset:
     """Rows under one label, and what of its files is not in them."""
@@ -78,15 +83,39 @@ class Dataset:
     left_out: dict[str, int] = field(default_factory=dict)  # rows and turns not used, by reason
     unused: list[str] = field(default_factory=list)  # columns that nothing was read from
 
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    @property
+    def digests(self) -> np.ndarray:
+        return row_digests(self.rows)
+
+    def note(self, left_out: dict[str, int], unused: Iterable[str]) -> None:
+        """Add what of a record is not in the rows."""
+        self.left_out = dict(Counter(self.left_out) + Counter(left_out))
+        self.unused += sorted(set(unused).difference(self.unused))
+
+
+def row_digests(rows: Iterable[Row]) -> np.ndarray:
+    """(n,) DIGESTS: of each row's text, whatever its file and tokenizer, and of its prompt."""
+    result = []
+    for row in rows:
+        text = [row.messages, row.input, row.response]
+        text += [row.keys, row.tools] if row.keys or row.tools else []
+        parts = []
+        for part, size in ((text, 16), (row.prompt, 8)):
+            raw = json.dumps(part, ensure_ascii=False).encode()
+            parts.append(hashlib.blake2b(raw, digest_size=size).digest())
+        result.append(b"".join(parts))
+    return np.frombuffer(b"".join(result), DIGESTS)
+
 
 def fingerprint(datasets: Iterable[Dataset]) -> str:
     """sha256 over the text of all rows in order, whatever their labels, files and tokenizer."""
     digest = hashlib.sha256()
     for dataset in datasets:
-        for row in dataset.rows:
-            text = [row.messages, row.input, row.response]
-            text += [row.keys, row.tools] if row.keys or row.tools else []
-            digest.update(json.dumps(text, ensure_ascii=False).encode())
+        digest.update(dataset.digests["text"].tobytes())
     return digest.hexdigest()
 
 
@@ -94,6 +123,7 @@ def fingerprint(datasets: Iterable[Dataset]) -> str:
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".csv": "csv"}
 FILE_TYPES |= {".parquet": "parquet", ".arrow": "arrow"}
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")  # its byte order marks
 NEVER_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
@@ -150,22 +180,38 @@ def file_kind(path: Path) -> str | None:
     return FILE_TYPES.get(Path(name).suffix)
 
 
-def _json_records(text: str, file: str) -> list[tuple]:
-    """Records of an array, or of JSON Lines. A line ends at "\\n" alone: raw U+2028 is legal."""
-    array = text.lstrip()[:1] == "["
-    number, records = 1, []
+def _lines(stream: io.BufferedReader) -> Iterator[str]:
+    """Lines of UTF-8 text, without a byte order mark. A line ends at "\\n" alone: raw U+2028 is
+    legal. Raises UnicodeDecodeError, its start counted from the file's."""
+    at = 0
+    for raw in stream:
+        try:
+            yield (raw if at else raw.removeprefix(b"\xef\xbb\xbf")).decode()
+        except UnicodeDecodeError as error:
+            error.start += at
+            raise
+        at += len(raw)
+
+
+def _json_records(stream: io.BufferedReader, file: str) -> Iterator[tuple]:
+    """Records of an array, or of JSON Lines, a line at a time."""
+    number, blank, array, lines = 0, True, False, _lines(stream)
     try:
-        if array:
-            return list(enumerate(parse_json(text), 1))
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                records.append((number, parse_json(line)))
+        for number, line in enumerate(lines, 1):
+            array = blank and line.lstrip()[:1] == "["
+            blank = blank and not line.strip()
+            if array:
+                text = "\n" * (number - 1) + line + "".join(lines)
+                yield from enumerate(parse_json(text), 1)
+            elif line.strip():
+                yield number, parse_json(line)
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}" if array else f"row {number}"
         raise UserError(f"{file}, {place}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise
     except ValueError as error:
         raise UserError(f"{file}, row {number}: not JSON: {error}") from None
-    return records
 
 
 def _csv_records(text: str, file: str) -> list[tuple]:
@@ -201,7 +247,7 @@ def _without_null(value):
     return value
 
 
-def _table_records(kind: str, raw) -> list[tuple]:
+def _table_records(kind: str, raw: bytes) -> Iterator[tuple]:
     """Records of a Parquet or Arrow file, its columns as they are."""
     import pyarrow
     import pyarrow.parquet
@@ -216,38 +262,40 @@ def _table_records(kind: str, raw) -> list[tuple]:
             table = pyarrow.ipc.open_file(source).read_all()
     table.validate(full=True)  # a damaged offset would end the process
     nested = [f.name for f in table.schema if pyarrow.types.is_nested(f.type)]
-    records = table.to_pylist()
-    for record in records:
+    parts = (batch.to_pylist() for batch in table.to_batches(max_chunksize=1000))
+    for number, record in enumerate(itertools.chain.from_iterable(parts), 1):
         record.update((name, _without_null(record[name])) for name in nested)
-    return list(enumerate(records, 1))
+        yield number, record
 
 
-def read_file(path: str | Path, name: str = "") -> list[tuple[int, dict]]:
-    """[(row number from 1, record)] of a local file. JSON by json.loads, numbers as Number; CSV as
-    text; .gz and .zst too. name: what the file is called where `path` is a cache's. Raises
-    UserError naming file and row."""
+def read_file(path: str | Path, name: str = "") -> Iterator[tuple[int, dict]]:
+    """(row number from 1, record) of a local file, one after the other. JSON by json.loads, numbers
+    as Number; CSV as text; .gz and .zst too. name: what the file is called where `path` is a
+    cache's. Raises UserError naming file and row."""
     import pyarrow
 
-    file = name or str(path)
-    kind = file_kind(Path(file))
+    file, start = name or str(path), b""
+    kind, packed = file_kind(Path(file)), COMPRESSION.get(Path(file).suffix.lower())
     try:
-        with pyarrow.input_stream(str(path), COMPRESSION.get(Path(file).suffix.lower())) as stream:
-            raw = stream.readall()
-        if not raw:
-            raise UserError(f"{file}: the file is empty")
-        if kind in ("parquet", "arrow"):
-            return _table_records(kind, raw)
-        text = raw.decode("utf-8-sig")
+        with pyarrow.input_stream(str(path), packed) as raw, io.BufferedReader(raw) as stream:
+            start = stream.peek(4)[:4]
+            if not start:
+                raise UserError(f"{file}: the file is empty")
+            if b"\0" in start and kind in ("json", "csv") and start[:2] not in UTF_16:
+                raise UserError(f"{file}: begins with NUL bytes; if it is UTF-16, save it as UTF-8")
+            if kind == "json":
+                yield from _json_records(stream, file)
+            elif kind == "csv":
+                yield from _csv_records(stream.read().decode("utf-8-sig"), file)
+            else:
+                yield from _table_records(kind, stream.read())
     except UnicodeDecodeError as error:
-        found = "it looks like UTF-16; " if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        found = "it looks like UTF-16; " if start[:2] in UTF_16 else ""
         problem = f"not UTF-8 (byte {error.start})"
         raise UserError(f"{file}: {problem}; {found}save it as UTF-8") from None
     except (OSError, pyarrow.ArrowException) as error:
         problem = f"cannot be read as {kind} ({type(error).__name__}: {error})"
         raise UserError(f"{file}: {problem}") from None
-    if "\0" in text[:4]:
-        raise UserError(f"{file}: begins with NUL bytes; if it is UTF-16, save it as UTF-8")
-    return _json_records(text, file) if kind == "json" else _csv_records(text, file)
 
 
 # ---- Schemas: a record of any accepted form -> rows ----------------------------------------------
@@ -737,34 +785,70 @@ def quiet_hub() -> Iterator[None]:
             logger.setLevel(level)
 
 
-@quiet_hub()
-def load_hub(source: HubSource, limit: int | None, split: str = "train") -> list[tuple]:
-    """[(file, row number, record)] of a HubSource; a streamed one only up to limit rows. JSON and
-    CSV repositories are read by read_file, since `datasets` infers types. It runs no code of a
-    repository (loading scripts ended with version 4). Raises UserError."""
-    import datasets
-
-    split = source.eval_split if split == "eval" and source.eval_split else source.split
+@contextlib.contextmanager
+def hub_errors(source: HubSource, split: str) -> Iterator[None]:
+    """What the hub's libraries raise inside, many types, is a UserError."""
     try:
-        builder = datasets.load_dataset_builder(source.path, source.config)
-        if builder.name in ("json", "csv") and not source.stream:
-            files = [str(file) for file in builder.config.data_files[split]]
-            copies = datasets.DownloadManager().download(files)
-            parts = [(name, read_file(path, name)) for name, path in zip(files, copies)]
-            return [(name, *record) for name, part in parts for record in part]
-        records = datasets.load_dataset(
-            source.path, source.config, split=split, streaming=source.stream
-        )
-        records = records.take(limit or STREAM_ROWS) if source.stream else records
-        return [(source.path, i, record) for i, record in enumerate(records, 1)]
+        with quiet_hub():
+            yield
     except UserError:
         raise
-    except Exception as error:  # the library raises many types
+    except Exception as error:
         name = source.path + (f" ({source.config})" if source.config else "")
         what = f"{name}, split {split}, from the Hugging Face hub"
         cause = f"{type(error).__name__}: {str(error)[:300]}"
         advice = "; is there a network?" if isinstance(error, ConnectionError) else ""
         raise UserError(f"cannot load {what}: {cause}{advice}") from None
+
+
+def hub_files(builder, split: str) -> list[tuple[str, str]]:
+    """[(name, local copy)] of a repository of JSON or CSV files, which read_file reads, since
+    `datasets` infers types; [] of any other."""
+    import datasets
+
+    if builder.name not in ("json", "csv"):
+        return []
+    files = [str(file) for file in builder.config.data_files[split]]
+    return list(zip(files, datasets.DownloadManager().download(files)))
+
+
+def load_hub(source: HubSource, limit: int | None, split: str = "train") -> Iterator[tuple]:
+    """(file, row number, record) of a HubSource, one after the other; of a streamed one only up to
+    limit. It runs no code of a repository (loading scripts ended with `datasets` 4). Raises
+    UserError."""
+    import datasets
+
+    split = source.eval_split if split == "eval" and source.eval_split else source.split
+    with hub_errors(source, split):
+        builder = datasets.load_dataset_builder(source.path, source.config)
+        files = [] if source.stream else hub_files(builder, split)
+        for name, path in files:
+            yield from ((name, *record) for record in read_file(path, name))
+        if files:
+            return
+        options = {"split": split, "streaming": source.stream}
+        records = datasets.load_dataset(source.path, source.config, **options)
+        records = records.take(limit or STREAM_ROWS) if source.stream else records
+        yield from ((source.path, i, record) for i, record in enumerate(records, 1))
+
+
+def hub_content(source: HubSource, split: str) -> list[str]:
+    """What the records of load_hub depend on: the sha256 of its files, or the library's own name of
+    this version of the dataset, with the repository's commit."""
+    import datasets
+
+    split = source.eval_split if split == "eval" and source.eval_split else source.split
+    with hub_errors(source, split):
+        builder = datasets.load_dataset_builder(source.path, source.config)
+        files = [] if source.stream else hub_files(builder, split)
+        if files:
+            return [f"{file_kind(Path(name))} {sha256(path)}" for name, path in files]
+        return [f"{source.path} {source.config} {split} {builder.cache_dir} {source.stream}"]
+
+
+def sha256(path: str | Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 SPEC_FORM = re.compile(r"(?:(?P<label>[^=/\\#]+)=)?(?P<source>[^#]+)(?:#(?P<count>\d{1,20}))?")
@@ -782,89 +866,158 @@ def parse_spec(spec: str) -> tuple[str | None, str, int | None]:
     return match["label"], match["source"], match["count"] and int(match["count"])
 
 
-def read_source(source: str, limit: int | None, split: str) -> tuple[list, str, str | None]:
-    """A SPEC's SOURCE -> ([(file, row number, record)], default label, column to split by or None).
-    toy: a record is a Row. limit: rows read of a streamed source. split: "train" or "eval"."""
-    if source == "toy" or source.startswith("toy/"):
-        task = source[4:] or None
-        records = [(row.file, row.number, row) for row in toy_rows(task, split)]
-        return records, task or "toy", None if task else "task"
-    path, known = Path(source), ", ".join(FILE_TYPES)
-    files, label = [path], path.name
-    if path.is_dir():
-        files, label = folder_files(path, split), path.resolve().name
+@dataclass
+class Source:
+    """What a SPEC names. A record of toy is a Row."""
+
+    spec: str
+    records: Callable[[], Iterable[tuple]]  # (file, row number, record), read anew at each call
+    content: Callable[[], list[str]]  # what the records depend on: digests; [] is not to be kept
+    label: str  # that the datasets get, or begin with
+    column: str | None  # that splits it
+    prefix: bool = False  # whether the label was given by the SPEC
+    drawn: str = ""  # which of the records #N keeps
+
+    def name(self, group: str | None) -> str:
+        """The label of the rows with this value of the column."""
+        if self.column is None:
+            return self.label
+        return f"{self.label}/{group}" if self.prefix else str(group)
+
+
+def find_source(spec: str, source_column: str | None, seed: int, split: str) -> Source:
+    """A SPEC -> its Source, of whose records #N random ones are kept (drawn with seed) in file
+    order. source_column: --source_column, in place of the alias's own. split: "train" or "eval"
+    (for --eval_data: toy's held-out rows, and an alias's test split where it has one). Raises
+    UserError."""
+    label, name, count = parse_spec(spec)
+    path, known = Path(name), ", ".join(FILE_TYPES)
+    if name == "toy" or name.startswith("toy/"):
+        source = toy_source(spec, name[4:] or None, split)
+    elif path.is_dir():
+        files = folder_files(path, split)
+        source = file_source(spec, files, path.resolve().name, source_column)
     elif path.is_file():
         if not file_kind(path):
-            raise UserError(f"{source}: unknown file type {path.suffix!r}; expected one of {known}")
-        while Path(label).suffix.lower() in {**FILE_TYPES, **COMPRESSION}:
-            label = Path(label).stem
-    elif file_kind(path) or source[0] in "./~" or source.count("/") > 1:
-        raise UserError(f"{source}: no such file or folder")
-    elif source not in ALIASES and "/" not in source:
+            raise UserError(f"{name}: unknown file type {path.suffix!r}; expected one of {known}")
+        stem = path.name
+        while Path(stem).suffix.lower() in {**FILE_TYPES, **COMPRESSION}:
+            stem = Path(stem).stem
+        source = file_source(spec, [path], stem, source_column)
+    elif file_kind(path) or name[0] in "./~" or name.count("/") > 1:
+        raise UserError(f"{name}: no such file or folder")
+    elif name not in ALIASES and "/" not in name:
         aliases = ", ".join(sorted(ALIASES))
-        raise UserError(f"{source}: no such file, folder or alias; aliases are toy, {aliases}")
+        raise UserError(f"{name}: no such file, folder or alias; aliases are toy, {aliases}")
     else:
-        entries = ALIASES.get(source) or [HubSource(source)]
-        parts = [load_hub(entry, limit, split) for entry in entries]
-        records = [record for part in parts for record in part]
-        return records, source.split("/")[-1], entries[0].source_column
-    parts = [(str(file), read_file(file)) for file in files]
-    return [(file, *record) for file, part in parts for record in part], label, None
+        entries = ALIASES.get(name) or [HubSource(name)]
+        source = hub_source(spec, entries, count, split)
+        source.label, source.column = name.split("/")[-1], source_column or entries[0].source_column
+    if label:
+        source.label, source.prefix = label, True
+    if count is not None:
+        source.records = functools.partial(_subset, source.records, spec, count, seed)
+        source.drawn = f"{count} by seed {seed}"
+    return source
 
 
-def _read_groups(records: list, column: str | None) -> dict[str | None, Dataset]:
-    """{value of the column: what was read}; one group, None, where there is no column. Raises
-    UserError."""
-    groups = {}
-    for file, number, record in records:
-        group, rows, left_out, unused = None, [record], {}, set()
-        if isinstance(record, Row):  # toy, whose tasks keep their order
-            group = file.removeprefix("toy/") if column else None
-        else:
-            rows, state = read_record(record, file, number)
-            left_out, unused = state.left_out, state.unused_columns()
-            if column and record.get(column) is None:
-                problem = f"no column {column!r} to split by; keys {sorted(record)}"
-                raise UserError(f"{file}, row {number}: {problem}")
-            group = _text(record[column]) if column else None
-            unused.discard(str(column).strip().lower().replace(" ", "_"))
-        read = groups.setdefault(group, Dataset("", [], Counter(), []))
-        read.left_out.update(left_out)
-        read.unused += sorted(unused.difference(read.unused))
-        for row in rows:
-            if row.response.strip() or row.keys:
-                read.rows.append(row)
-            else:
-                read.left_out["empty response"] += 1
-    return groups if column == "task" else {key: groups[key] for key in sorted(groups, key=str)}
+def toy_source(spec: str, task: str | None, split: str) -> Source:
+    rows = toy_rows(task, split)
+    records = [(row.file, row.number, row) for row in rows]
+    return Source(spec, lambda: records, list, task or "toy", None if task else "task")
+
+
+def file_source(spec: str, files: list[Path], label: str, column: str | None) -> Source:
+    records, content = (functools.partial(f, files) for f in (_file_records, _file_content))
+    return Source(spec, records, content, label, column)
+
+
+def _file_records(files: list[Path]) -> Iterator[tuple]:
+    for file in files:
+        yield from ((str(file), *record) for record in read_file(file))
+
+
+def _file_content(files: list[Path]) -> list[str]:
+    try:
+        return [f"{file_kind(file)} {file.suffix.lower()} {sha256(file)}" for file in files]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from None
+
+
+def hub_source(spec: str, entries: list[HubSource], limit: int | None, split: str) -> Source:
+    records = functools.partial(_hub_records, entries, limit, split)
+    if any(entry.stream for entry in entries):  # not twice over the network
+        records = functools.cache(lambda: [*_hub_records(entries, limit, split)])
+    return Source(spec, records, functools.partial(_hub_content, entries, split), spec, None)
+
+
+def _hub_records(entries: list[HubSource], limit: int | None, split: str) -> Iterator[tuple]:
+    return itertools.chain.from_iterable(load_hub(entry, limit, split) for entry in entries)
+
+
+def _hub_content(entries: list[HubSource], split: str) -> list[str]:
+    return [line for entry in entries for line in hub_content(entry, split)]
+
+
+def _subset(records: Callable, spec: str, count: int, seed: int) -> Iterator[tuple]:
+    """`count` random records in their order. They are read twice: few are held at a time."""
+    total = sum(1 for _ in records())
+    if count > total:
+        raise UserError(f"{spec}: asks for {count} rows of {total}")
+    keep = np.zeros(total, bool)
+    keep[data_rng(seed, "subset").choice(total, count, replace=False)] = True
+    return itertools.compress(records(), keep)
+
+
+def read_rows(file: str, number: int, record, column: str | None) -> tuple[str | None, Dataset]:
+    """A record of a Source -> value of the column that splits it, and its rows, with what of it is
+    not in them. Rows whose response is blank are left out and counted. Raises UserError."""
+    if isinstance(record, Row):  # toy
+        return (file.removeprefix("toy/") if column else None), Dataset("", [record])
+    rows, state = read_record(record, file, number)
+    unused, group = state.unused_columns(), None
+    if column:
+        if record.get(column) is None:
+            problem = f"no column {column!r} to split by; keys {sorted(record)}"
+            raise UserError(f"{file}, row {number}: {problem}")
+        group = _text(record[column])
+        unused.discard(column.strip().lower().replace(" ", "_"))
+    kept = [row for row in rows if row.response.strip() or row.keys]
+    state.left_out["empty response"] += len(rows) - len(kept)
+    left_out = {reason: count for reason, count in state.left_out.items() if count}
+    return group, Dataset("", kept, left_out, sorted(unused))
+
+
+def order_groups(source: Source, groups: dict) -> list[str | None]:
+    """{value of the column: its Dataset} of a SPEC -> the values in the order of its datasets
+    (toy's in its own). Raises UserError where one has no row."""
+    if not groups:
+        raise UserError(f"{source.spec}: no rows")
+    for group, read in groups.items():
+        if not read.size:
+            why = ", ".join(f"{reason}: {n}" for reason, n in read.left_out.items())
+            name = source.name(group)
+            raise UserError(f"{source.spec}: dataset {name!r} has no row with a response ({why})")
+    return [*groups] if source.column == "task" else sorted(groups, key=str)
 
 
 def load_spec(spec: str, source_column: str | None, seed: int, split: str) -> list[Dataset]:
-    """One SPEC -> its datasets: one, or one a value of --source_column or the alias's own column.
-    #N keeps N random rows (drawn with seed) in file order. Rows whose response is blank are left
-    out and counted. split "eval" (for --eval_data): toy's held-out rows, and an alias's test split
-    where it has one. Raises UserError."""
-    label, source, count = parse_spec(spec)
-    records, default_label, column = read_source(source, count, split)
-    if source_column and source.split("/")[0] != "toy":
-        column = source_column
-    if count is not None:
-        if count > len(records):
-            raise UserError(f"{spec}: asks for {count} rows of {len(records)}")
-        keep = data_rng(seed, "subset").choice(len(records), count, replace=False)
-        records = [records[i] for i in sorted(keep)]
-    if not records:
-        raise UserError(f"{spec}: no rows")
-    result = []
-    for group, read in _read_groups(records, column).items():
-        name = group if column else default_label
-        if label:
-            name = f"{label}/{group}" if column else label
-        if not read.rows:
-            why = ", ".join(f"{reason}: {n}" for reason, n in read.left_out.items())
-            raise UserError(f"{spec}: dataset {name!r} has no row with a response ({why})")
-        result.append(replace(read, label=name, left_out=dict(read.left_out)))
-    return result
+    """One SPEC -> its datasets with all their rows: one, or one a value of --source_column or the
+    alias's own column (find_source). Raises UserError."""
+    source, groups = find_source(spec, source_column, seed, split), {}
+    for file, number, record in source.records():
+        group, found = read_rows(file, number, record, source.column)
+        dataset = groups.setdefault(group, Dataset(source.name(group), []))
+        dataset.rows += found.rows
+        dataset.note(found.left_out, found.unused)
+    return [groups[group] for group in order_groups(source, groups)]
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raise UserError where two datasets have the same label."""
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise UserError(f"two datasets are called {twice[0]!r}; name them with label=SOURCE")
 
 
 def load_data(specs: Sequence[str], source_column=None, seed: int = 0, split: str = "train"):
@@ -872,10 +1025,7 @@ def load_data(specs: Sequence[str], source_column=None, seed: int = 0, split: st
     result = []
     for spec in specs:
         result += load_spec(spec, source_column, seed, split)
-    labels = [dataset.label for dataset in result]
-    twice = [label for label in labels if labels.count(label) > 1]
-    if twice:
-        raise UserError(f"two datasets are called {twice[0]!r}; name them with label=SOURCE")
+    check_labels([dataset.label for dataset in result])
     return result
 
 
@@ -1302,6 +1452,76 @@ class Example:
         return len(self.ids) - self.start
 
 
+TABLE = np.dtype(  # of an example: where its tokens begin in its part, how many, Example's own
+    [("begin", "<i8"), ("length", "<i4"), ("start", "<i4"), ("row", "<i4")]
+    + [("dataset", "<i4"), ("cut", "?"), ("part", "<i2")]
+)
+
+
+class Examples(Sequence):
+    """N tokenised rows in flat arrays, which processes can share: an Example is made when it is
+    asked for. A slice is Examples, of the same tokens."""
+
+    def __init__(self, tokens: list[np.ndarray], table: np.ndarray):
+        self.tokens = tokens  # int32 each; those of an example are in tokens[its part]
+        self.table = table  # (N,) TABLE
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Examples:
+        table, ids = np.zeros(len(examples), TABLE), [example.ids for example in examples]
+        table["length"] = [len(own) for own in ids]
+        table["begin"] = np.cumsum(table["length"]) - table["length"]
+        for name in ("start", "row", "dataset", "cut"):
+            table[name] = [getattr(example, name) for example in examples]
+        return cls([np.concatenate([*ids, np.zeros(0)]).astype("<i4")], table)
+
+    @classmethod
+    def join(cls, several: Sequence[Examples]) -> Examples:
+        """The examples of several, one after the other."""
+        tokens, tables = [], []
+        for examples in several:
+            table = examples.table.copy()
+            table["part"] += len(tokens)
+            tokens += examples.tokens
+            tables.append(table)
+        return cls(tokens, np.concatenate(tables))
+
+    def take(self, chosen: np.ndarray | slice) -> Examples:
+        """Those at some indices, in that order."""
+        return Examples(self.tokens, self.table[chosen])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int | slice) -> Example | Examples:
+        if isinstance(i, slice):
+            return self.take(i)
+        begin, length, start, row, dataset, cut, part = self.table[i].item()
+        ids = self.tokens[part][begin : begin + length].astype(np.int64)
+        return Example(ids, start, row, dataset, cut)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.table["length"].astype(np.int64)
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return self.lengths - self.table["start"]
+
+    def fingerprint(self) -> str:
+        """sha256 over the boundaries of the examples, then over their token ids in order."""
+        table, digest = self.table, hashlib.sha256()
+        for name in ("length", "start"):
+            digest.update(table[name].tobytes())
+        follows = table["begin"][1:] == table["begin"][:-1] + table["length"][:-1]
+        follows &= table["part"][1:] == table["part"][:-1]
+        for run in np.split(table, np.flatnonzero(~follows) + 1) if len(table) else []:
+            first, last = run[0], run[-1]
+            tokens = self.tokens[first["part"]][first["begin"] : last["begin"] + last["length"]]
+            digest.update(tokens.tobytes())
+        return digest.hexdigest()
+
+
 CHUNK = 1000  # rows tokenised at once
 CUT = "cut at --max_length"
 
@@ -1311,8 +1531,8 @@ def encode(
 ) -> tuple[list[Example], dict[str, int]]:
     """Tokenise rows by the tokenizer's template (with_template) -> (examples, {reason: rows left
     out or cut}). Supervised are the response and one end of turn. Too long: cut on the right, left
-    out where no response remains. Raises UserError."""
-    template = Template(tokenizer)
+    out where no response remains. tokenizer: or its Template, made once. Raises UserError."""
+    template = tokenizer if isinstance(tokenizer, Template) else Template(tokenizer)
     examples, counts = [], Counter()
     starts, hidden = range(0, len(rows), CHUNK), not progress or len(rows) < 2 * CHUNK
     for at in tqdm(starts, f"tokenise {progress}", disable=hidden, unit="k rows", leave=False):
@@ -1330,8 +1550,10 @@ def encode(
     return examples, {reason: count for reason, count in counts.items() if count}
 
 
-def encode_datasets(sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False):
-    """encode() over datasets -> a list of examples for each; adds what was left out or cut to each
+def encode_datasets(
+    sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False
+) -> list[Examples]:
+    """encode() over datasets -> Examples of each; adds what was left out or cut to each
     Dataset's left_out, and prints it. Raises UserError where a dataset keeps nothing."""
     result = []
     for k, dataset in enumerate(sets):
@@ -1340,13 +1562,18 @@ def encode_datasets(sets: list[Dataset], tokenizer, max_length: int, quiet: bool
         dataset.left_out = dict(Counter(dataset.left_out) + Counter(found))
         if not quiet:
             tokens = sum(example.response_length for example in examples)
-            counts = f"{len(examples):,} examples, {tokens:,} response tokens"
-            print(f"data  {dataset.label}: {counts}{notes(dataset)}")
+            print(summary(dataset, len(examples), tokens))
         if not examples:
             problem = f"no example is left at --max_length {max_length}; {dataset.left_out}"
             raise UserError(f"dataset {dataset.label!r}: {problem}")
-        result.append(examples)
+        result.append(Examples.of(examples))
     return result
+
+
+def summary(dataset: Dataset, examples: int, tokens: int) -> str:
+    """A line about a dataset, for the terminal."""
+    counts = f"{examples:,} examples, {tokens:,} response tokens"
+    return f"data  {dataset.label}: {counts}{notes(dataset)}"
 
 
 def notes(dataset: Dataset) -> str:
@@ -1360,15 +1587,6 @@ def notes(dataset: Dataset) -> str:
     if dataset.unused:
         parts.append(f"; columns not used: {', '.join(dataset.unused)}")
     return "".join(parts)
-
-
-def ids_fingerprint(examples: Iterable[Example]) -> str:
-    """sha256 over the token ids and boundaries of examples in order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.array([len(example.ids), example.start]).tobytes())
-        digest.update(example.ids.tobytes())
-    return digest.hexdigest()
 
 
 def encode_choices(rows: list[Row], tokenizer, max_length: int) -> tuple[list, dict]:

@@ -24,7 +24,6 @@ batch, P parameters, H steps of an interval, c probing steps.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from argparse import Namespace
@@ -40,8 +39,9 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import prepare
 import ranks
-from data import Example, UserError, data_rng
+from data import Example, Examples, UserError, data_rng
 
 
 # ---- Step 1: slopes. Losses in the units of their metric: nats per response token, or 1 - accuracy
@@ -339,14 +339,6 @@ def report_test(model, domains: list[Domain], args: Namespace) -> dict[str, dict
     return result
 
 
-def read_json(path: str, flag: str, expected: str) -> dict:
-    """The object in a JSON file that a flag names. Raises UserError."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{flag} {path}: expected {expected} ({error})") from None
-
-
 def parse_references(items: list[str], constraints: list[str]) -> dict[str, tuple[float, bool]]:
     """--reference: LABEL=NUMBER, LABEL=+2% or FILE.json ({label: number or "+2%"})
     -> {label: (number, is it relative)}. Raises UserError."""
@@ -354,7 +346,9 @@ def parse_references(items: list[str], constraints: list[str]) -> dict[str, tupl
     for item in items:
         label, equals, text = item.rpartition("=")
         forms = "LABEL=NUMBER, LABEL=+2% or a JSON file of them"
-        entries += [(label, text)] if equals else read_json(item, "--reference", forms).items()
+        entries += (
+            [(label, text)] if equals else common.read_json(item, "--reference", forms).items()
+        )
     rules = {}
     for label, text in entries:
         slack = re.fullmatch(r"([+-]\d+(\.\d*)?)%", str(text).strip())
@@ -403,7 +397,7 @@ class Problem:
     """What a run is given."""
 
     labels: list[str]  # of the N training datasets
-    examples: list[list[Example]]  # of each of them
+    examples: list[Examples]  # of each of them
     domains: list[Domain]  # all, the M targets and constraints first
     steps: int
     updates: list[int]  # steps at which the mixture is updated
@@ -429,13 +423,16 @@ class Interval:
     mixture: np.ndarray | None = None  # (N,) in force before it
 
 
-def probe_batches(examples: list, probe_steps: int, batch_size: int, seed: int, step: int, j: int):
+def probe_batches(
+    examples: Examples, probe_steps: int, batch_size: int, seed: int, step: int, j: int
+):
     """c batches of dataset j alone for the probe at `step`: a stream of their own that the
     training's cursors never see. Each example at most once, unless there are fewer than
     c · batch_size."""
-    rng, need, drawn = data_rng(seed, "probe", step, j), probe_steps * batch_size, []
-    while len(drawn) < need:
-        drawn += [examples[i] for i in rng.permutation(len(examples))]
+    rng, need, order = data_rng(seed, "probe", step, j), probe_steps * batch_size, []
+    while len(order) < need:
+        order += rng.permutation(len(examples)).tolist()
+    drawn = [examples[i] for i in order[:need]]
     return [drawn[at : at + batch_size] for at in range(0, need, batch_size)]
 
 
@@ -494,7 +491,7 @@ def train(model, tokenizer, problem: Problem, args: Namespace, run: common.Run):
     -> {"steps", "examples", "tokens"}, the best feasible checkpoint {"step", "total", "losses"} or
     None"""
     labels, steps, updates = problem.labels, problem.steps, problem.updates
-    pool = [example for part in problem.examples for example in part]
+    pool = Examples.join(problem.examples)
     sizes = np.array([*map(len, problem.examples)])
     sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
     optimizer = common.make_optimizer(model, args)
@@ -793,19 +790,7 @@ def read_fixed_mixture(args: Namespace, labels: list[str], sizes: list[int]) -> 
         except ValueError as error:
             advice = "say with --target_data which labels of --data do"
             raise UserError(f"--target_mass {args.target_mass:g}: {error}; {advice}") from None
-    form = f"{{label: weight}} for {', '.join(labels)}"
-    given = read_json(args.mixture, "--mixture", form)
-    try:
-        weights = np.array([float(given.pop(label)) for label in labels])
-    except (ValueError, TypeError, KeyError) as error:
-        cause = f"{type(error).__name__}: {error}"
-        raise UserError(f"--mixture {args.mixture}: expected {form} ({cause})") from None
-    if given:
-        problem = f"{sorted(given)[0]!r} is no label of --data; there are {', '.join(labels)}"
-        raise UserError(f"--mixture {args.mixture}: {problem}")
-    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
-        raise UserError(f"--mixture {args.mixture}: weights must be at least 0, and not all 0")
-    return weights / weights.sum()
+    return common.read_weights(args.mixture, "--mixture", labels)
 
 
 def make_side(rows: list, metric: str, args: Namespace, tokenizer, left_out: Counter) -> Side:
@@ -870,17 +855,24 @@ def row_tokens(domain: Domain) -> float:
     return total / len(side.sizes or side.examples)
 
 
+def load_datasets(args: Namespace, tokenizer) -> tuple[list, list]:
+    """-> the datasets of --data, tokenised, and of --eval_data as rows, since they are split by
+    row. Raises UserError."""
+    training = prepare.load(args.data, common.recipe(args, tokenizer))
+    return training, data.load_data(args.eval_data, seed=args.seed, split="eval")
+
+
 def make_problem(datasets: list, eval_datasets: list, tokenizer, args: Namespace) -> Problem:
     """Everything that is known before training. How many validation rows decide is the same for
     every --mixture, so that all choose on the same rows. Raises UserError."""
-    examples = data.encode_datasets(datasets, tokenizer, args.max_length)
+    examples = [dataset.examples for dataset in datasets]
     labels, sizes = [dataset.label for dataset in datasets], [*map(len, examples)]
     fixed = read_fixed_mixture(args, labels, sizes)
     domains = [make_domain(dataset, args, tokenizer) for dataset in eval_datasets]
     domains.sort(key=lambda domain: ROLES.index(domain.role))
-    trained_on = {row.prompt for dataset in datasets for row in dataset.rows}
+    trained_on = np.concatenate([dataset.digests["prompt"] for dataset in datasets])
     for dataset in eval_datasets:
-        shared = sum(row.prompt in trained_on for row in dataset.rows)
+        shared = int(np.isin(dataset.digests["prompt"], trained_on).sum())
         if shared:
             count = f"{shared:,} of {len(dataset.rows):,} rows of evaluation set"
             print(f"warning: {count} {dataset.label!r} have a prompt that is trained on")
@@ -894,7 +886,7 @@ def make_problem(datasets: list, eval_datasets: list, tokenizer, args: Namespace
     evaluations = len({*updates, steps, *often})
     lengths = []
     for part in examples:
-        lengths.append(float(np.mean([len(example.ids) for example in part])))
+        lengths.append(float(part.lengths.mean()))
     tokens = [sum(map(row_tokens, part)) for part in (problem.decided, domains)]
     affordable = affordable_rows(args, steps, evaluations, len(updates), lengths, tokens)
     problem.rows = args.eval_limit or affordable
@@ -943,19 +935,21 @@ def main(argv=None):
     run = common.Run("dynamics", args)
     if run.finished:
         return
-    datasets, eval_datasets = common.load_datasets(args)
-    check_labels(args, datasets, eval_datasets)
     rules = parse_references(args.reference, args.constraints)
-    model, tokenizer = common.setup(args)
+    tokenizer = common.setup(args)
+    datasets, eval_datasets = load_datasets(args, tokenizer)
+    check_labels(args, datasets, eval_datasets)
     problem = make_problem(datasets, eval_datasets, tokenizer, args)
+    model = common.load_start(args)
     common.print_memory(model, args, snapshot=args.mixture == "dynamics")
     common.check_gradients(model, problem.examples[0][0], args.dtype)
-    config = common.data_config(datasets, eval_datasets, sum(problem.examples, []))
+    examples = Examples.join(problem.examples)
+    config = common.data_config(datasets, eval_datasets, examples)
     config |= {"update_steps": problem.updates, "validation_rows": problem.rows}
     config["domains"] = {d.label: {"role": d.role, "metric": d.metric} for d in problem.domains}
     run.open(**config)
     if args.show_batch:
-        data.show_examples(sum(problem.examples, []), tokenizer)
+        data.show_examples(examples, tokenizer)
     test_rows = [row for domain in problem.domains for row in domain.test_rows]
     common.write_jsonl(run.folder / "test_rows.jsonl", test_rows)
     measure_before(model, problem, rules, args, run)

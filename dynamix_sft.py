@@ -10,6 +10,7 @@ The method, as it stands below from top to bottom:
   Reward    every T_update steps, for every dataset: one virtual optimizer step on a mini-batch of
             it, the relative loss drop that it brings, and everything put back (1-step look-ahead)
   Update    Q <- α Q + (1-α) · rewards, min-max scaled over the datasets
+The paper's baselines and what any sampler is: baselines.py (--sampling multidds, multiuat, hbo).
 What the paper leaves open, and what we chose: docs/dynamix_sft.md.
 
 Shapes: K datasets (arms), N examples of all of them, B examples of a batch, b examples of a reward
@@ -29,11 +30,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import baselines
 import common
 import data
 import plots
 import ranks
-from data import Example, UserError, data_rng
+from baselines import Sampler
+from data import Example, Examples, UserError, data_rng
 
 EPSILON = 1e-6  # ε of the reward; the paper gives no value. fp32 losses below it are rounding
 
@@ -192,7 +195,7 @@ def next_updates(model, optimizer, lr: float, max_grad_norm: float) -> Iterator[
 
 
 def arm_rewards(
-    model, optimizer, arms: dict[str, list[Example]], step: int, lr: float, args: Namespace
+    model, optimizer, arms: dict[str, Examples], step: int, lr: float, args: Namespace
 ) -> np.ndarray:
     """Raw rewards of all datasets after `step` optimizer steps, from one state; nothing remains.
 
@@ -241,45 +244,71 @@ def arm_rewards(
     return rewards
 
 
+class Dynamix(Sampler):
+    """The method's own sampler: values Q, drawn from by prior-scaled Boltzmann exploration."""
+
+    every = 50
+
+    def __init__(self, arms: dict[str, Examples], args: Namespace):
+        super().__init__(arms, args)
+        uniform = np.full(len(arms), 1 / len(arms))
+        self.prior = self.proportions if args.prior else uniform
+        if args.init == "proportional":
+            self.values = proportional_values(self.proportions, args.beta)
+
+    def mixture(self) -> np.ndarray:
+        return sampling_probabilities(self.values, self.prior, self.args.beta, self.args.gamma)
+
+    def update(self, model, optimizer, step: int, lr: float) -> np.ndarray:
+        rewards = arm_rewards(model, optimizer, self.arms, step, lr, self.args)
+        self.values = update_values(self.values, rewards, self.args.alpha)
+        return rewards
+
+
+# What --sampling takes, besides a .json file of weights. proportional: every example once an epoch.
+SAMPLERS = {"dynamix": Dynamix, "proportional": Sampler, "uniform": baselines.Uniform}
+SAMPLERS |= {"multidds": baselines.MultiDDS, "multiuat": baselines.MultiUAT, "hbo": baselines.HBO}
+
+
 # ---- The loop ------------------------------------------------------------------------------------
 @common.finish_step()
-def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, args, run):
-    """Train model on the datasets arms {label: examples} for plan["steps"] optimizer steps, from
-    where the run's checkpoint stopped.
+def train(model, sampler: Sampler, eval_sets: dict, plan: dict, args, run):
+    """Train model on the sampler's datasets for plan["steps"] optimizer steps, from where the run's
+    checkpoint stopped.
     -> {"steps", "examples", "tokens", "updates"}, {label: how often it was drawn (mixture_rows)}"""
     steps, steps_per_epoch = plan["steps"], plan["steps_per_epoch"]
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed + ranks.rank())  # of dropout
-    labels, pool = list(arms), [example for arm in arms.values() for example in arm]
-    sizes = np.array([*map(len, arms.values())])
-    proportions, uniform = sizes / sizes.sum(), np.full(len(arms), 1 / len(arms))
-    prior, values = proportions if args.prior else uniform, np.zeros(len(arms))
-    if args.init == "proportional":
-        values = proportional_values(proportions, args.beta)
-    sampler = common.MixtureSampler(sizes, args.batch_size, args.seed)
+    labels, sizes = sampler.labels, sampler.sizes
+    pool = Examples.join([*sampler.arms.values()])
     eval_at = common.every(args.eval_every, steps)
-    update_at = common.every(args.update_every if args.sampling == "dynamix" else 0, steps)
+    update_at = common.every(args.update_every if sampler.every else 0, steps)
     counts = dict.fromkeys(("steps", "examples", "tokens", "updates"), 0)
     window = deque(maxlen=args.log_every)  # of each step: sum of the loss, tokens
-    seen = np.zeros((2, len(arms)), np.int64)  # examples and response tokens drawn by dataset
+    seen = np.zeros((2, len(labels)), np.int64)  # examples and response tokens drawn by dataset
     if run.state:
         common.restore(run.state, model, optimizer)
-        counts, values = run.state["counts"], run.state["values"].numpy()
-        seen, sampler.cursors = run.state["seen"].numpy(), run.state["cursors"].numpy()
+        counts, seen = run.state["counts"], run.state["seen"].numpy()
         window.extend(run.state["window"])
-    mixture = {"uniform": uniform, "proportional": proportions}.get(args.sampling)
-    if args.sampling == "dynamix":
-        mixture = sampling_probabilities(values, prior, args.beta, args.gamma)
-    if not run.state:
-        log_mixture(run, 0, labels, mixture, values)
+        sampler.load({name: array.numpy() for name, array in run.state["sampler"].items()})
+    if sampler.parts is None:
+        with run.timer("reward"):
+            sampler.split(model)
+    groups = sampler.groups()
+    members, draws = np.concatenate(groups), [*map(len, groups)]
+    draws = common.MixtureSampler(draws, args.batch_size, args.seed)
+    if run.state:
+        draws.cursors = run.state["cursors"].numpy()
+    else:
+        log_mixture(run, 0, sampler)
     model.train()
     bar, epoch = tqdm(total=steps, initial=counts["steps"], desc="train", unit="step"), None
     for step in range(counts["steps"], steps):
         with run.timer("train"):
             # ---- Sampling: for every example a dataset k ~ p, then the next example of D_k
             if args.sampling != "proportional":
-                drawn = sampler.batch(mixture, step)
+                drawn = members[draws.batch(sampler.group_mixture(), step)]
             else:  # Full Coverage: every example exactly once an epoch
                 if step // steps_per_epoch != epoch:
                     epoch = step // steps_per_epoch
@@ -300,30 +329,32 @@ def train(model, arms: dict[str, list[Example]], eval_sets: dict, plan: dict, ar
             loss, tokens = np.sum(window, axis=0)
             current = {"loss": loss / tokens, "lr": rates[step], "grad_norm": grad_norm}
             others = {"epoch": done / steps_per_epoch, **common.shares(seen, sizes, labels)}
-            others |= common.by_label("mixture", labels, mixture)
+            others |= common.by_label("mixture", labels, sampler.mixture())
             run.log_training("train", done, steps, current, others)
         if done in eval_at:
             common.evaluate_and_log(model, eval_sets, done, args, run)
         if done in update_at:
             # ---- Reward and update, with the learning rate of the next step
             with run.timer("reward"):
-                rewards = arm_rewards(model, optimizer, arms, done, rates[done], args)
-                values = update_values(values, rewards, args.alpha)
-                mixture = sampling_probabilities(values, prior, args.beta, args.gamma)
+                rewards = sampler.update(model, optimizer, done, rates[done])
             counts["updates"] += 1
-            log_mixture(run, done, labels, mixture, values, rewards)
+            log_mixture(run, done, sampler, rewards)
         if run.due(done, steps):
-            state = {"counts": counts, "window": list(window), "values": values, "seen": seen}
-            state["cursors"] = sampler.cursors
+            state = {"counts": counts, "window": list(window), "seen": seen}
+            state |= {"sampler": tensors(sampler.state()), "cursors": draws.cursors}
             run.save_checkpoint(state, model, optimizer)
     bar.close()
-    return counts, mixture_rows(labels, sizes, seen, mixture, values, steps / steps_per_epoch)
+    return counts, mixture_rows(sampler, seen, steps / steps_per_epoch)
 
 
-def log_mixture(run, step: int, labels: list, mixture, values, rewards=None) -> None:
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """As a checkpoint has them: copies."""
+    return {name: torch.tensor(array) for name, array in arrays.items()}
+
+
+def log_mixture(run, step: int, sampler: Sampler, rewards=None) -> None:
     """Mixture and values that are in force after `step`, and the rewards that led to them."""
-    record, line = common.by_label("value", labels, values), ""
-    record |= common.by_label("mixture", labels, mixture)
+    record, line, labels = sampler.metrics(), "", sampler.labels
     if rewards is not None:
         record |= common.by_label("reward", labels, rewards)
         high, low = rewards.argmax(), rewards.argmin()
@@ -332,12 +363,14 @@ def log_mixture(run, step: int, labels: list, mixture, values, rewards=None) -> 
     run.log(step, record, line)
 
 
-def mixture_rows(labels: list, sizes, seen, mixture, values, epochs: float) -> dict[str, dict]:
+def mixture_rows(sampler: Sampler, seen: np.ndarray, epochs: float) -> dict[str, dict]:
     """What was drawn of each dataset. Instance coverage = drawn / (size · epochs): 1 for every
     dataset under proportional sampling."""
     rows, share = {}, seen / seen.sum(1, keepdims=True)
-    for k, label in enumerate(labels):
-        row = {"size": int(sizes[k]), "probability": float(mixture[k]), "value": float(values[k])}
+    sizes, mixture = sampler.sizes, sampler.mixture()
+    for k, label in enumerate(sampler.labels):
+        row = {"size": int(sizes[k]), "probability": float(mixture[k])}
+        row["value"] = float(sampler.values[k])
         row |= {"examples": int(seen[0, k]), "tokens": int(seen[1, k])}
         row |= {"share": float(share[0, k]), "token_share": float(share[1, k])}
         passes = float(seen[0, k] / sizes[k])
@@ -354,18 +387,22 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     parser.set_defaults(schedule="linear", warmup_ratio=0.03)
     # fmt: off
     add = parser.add_argument_group("DynamixSFT").add_argument
-    add("--sampling", choices=["dynamix", "proportional", "uniform"], default="dynamix",
+    add("--sampling", default="dynamix",
+        metavar="dynamix|proportional|uniform|multidds|multiuat|hbo|FILE.json",
         help="proportional: every example exactly once an epoch (Full Coverage); uniform: every "
-             "dataset equally often")
+             "dataset equally often; a file is {training label: weight}; the others are the "
+             "paper's dynamic baselines")
     add("--beta", type=common.non_negative_float, default=4.0,
         help="sharpness of the Boltzmann weights exp(beta · Q); the paper: 4 for 1B, 5 for 8B")
     add("--gamma", type=common.fraction, default=0.3,
         help="share of the draws that is spread evenly over the datasets")
     add("--alpha", type=common.fraction, default=0.95, help="how much of Q an update keeps")
-    add("--update_every", type=common.non_negative_int, default=50,
-        help="steps between updates of the mixture; 0 = never")
+    add("--update_every", type=common.non_negative_int,
+        help="steps between updates of the mixture, 0 = never; default the method's own: dynamix "
+             "50, multidds and multiuat 1000, hbo 200")
     add("--reward_batch_size", type=common.positive_int, default=16,
-        help="examples of a dataset per virtual step: what an update costs (not in the paper)")
+        help="examples of a dataset per virtual step (multidds: gradient; multiuat: pass): what an "
+             "update costs (not in the paper)")
     add("--reward", choices=["loss", "entropy"], default="loss",
         help="relative drop of the loss, or of the entropy of the model's predictions (ablation)")
     add("--prior", action=argparse.BooleanOptionalAction, default=True,
@@ -376,8 +413,20 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="first_order: gradient times the optimizer's would-be update (not in the paper)")
     add("--reward_on", choices=["same", "fresh"], default="same",
         help="fresh: measure on other examples than those stepped on (not in the paper)")
+    add = parser.add_argument_group("multidds, multiuat, hbo").add_argument
+    add("--actor_lr", type=common.positive_float, default=1e-4,
+        help="learning rate of the actors; an update moves a logit by at most about 200 times this")
+    add("--uncertainty", choices=["entropy", "probability"], default="entropy",
+        help="multiuat: expected entropy (ENTTP), or 1 - expected probability (EXPTP)")
+    add("--mc_passes", type=common.few, default=10,
+        help="multiuat: Monte-Carlo passes, where the model has dropout")
     # fmt: on
     args = common.parse_flags(parser, argv, "dynamix_sft")
+    if args.sampling not in SAMPLERS and not args.sampling.endswith(".json"):
+        forms = f"{', '.join(SAMPLERS)} or a .json file"
+        parser.error(f"--sampling {args.sampling[:40]}: expected {forms}")
+    if args.update_every is None:
+        args.update_every = SAMPLERS.get(args.sampling, baselines.Fixed).every
     if args.max_steps:
         args.epochs = None
     if args.init == "proportional" and (args.prior or not args.beta):
@@ -389,18 +438,20 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def make_plan(arms: dict[str, list[Example]], args: Namespace) -> dict[str, int]:
+def make_plan(sampler: Sampler, args: Namespace) -> dict[str, int]:
     """How long the run is -> {"steps", "steps_per_epoch"}; printed."""
-    total = sum(map(len, arms.values()))
+    arms, total = sampler.arms, sum(map(len, sampler.arms.values()))
     per_epoch = len(common.batch_sizes(total, args.batch_size))
     steps = common.total_steps(args, per_epoch)
     length = f"{steps} steps, {args.epochs or steps / per_epoch:.3g} epochs"
     counts = f"{total:,} examples of {len(arms)} datasets"
     print(f"train {length}; {common.batch_arithmetic(args)}; {counts}")
-    updates = (steps - 1) // args.update_every if args.update_every else 0
+    updates = len(common.every(args.update_every if sampler.every else 0, steps))
     if args.sampling == "dynamix" and updates:
         print(f"mix   {updates} updates of {len(arms)} x {args.reward_batch_size} examples")
-    elif args.sampling == "dynamix":
+    elif updates:
+        print(f"mix   {updates} updates of {len(arms)} datasets by {args.sampling}")
+    elif sampler.every:
         print(f"mix   no update in this run: --update_every {args.update_every} of {steps} steps")
     return {"steps": steps, "steps_per_epoch": per_epoch}
 
@@ -414,38 +465,53 @@ def print_mixture(rows: dict[str, dict]) -> None:
         print(f"mix   {label:<{width}}  {chance}  {drawn}  coverage {row['coverage']:.0%}")
 
 
+def distances(sampler: Sampler) -> dict[str, float]:
+    """How far the last mixture is from proportional sampling, printed: total variation over the
+    datasets, and over the groups that a sampler makes of them."""
+    result = {"datasets": baselines.total_variation(sampler.mixture(), sampler.sizes)}
+    groups = [len(part) for part in sampler.groups()]
+    line = f"mix   distance from the prior (total variation): {result['datasets']:.4f}"
+    if len(groups) > len(sampler.labels):
+        result["groups"] = baselines.total_variation(sampler.group_mixture(), groups)
+        line += f", of the groups {result['groups']:.4f}"
+    print(line)
+    return result
+
+
 @common.command_line
 def main(argv=None):
     args = parse_args(argv)
     run = common.Run("dynamix_sft", args)
     if run.finished:
         return
-    datasets, eval_datasets = common.load_datasets(args)
-    model, tokenizer = common.setup(args)
-    parts = data.encode_datasets(datasets, tokenizer, args.max_length)
-    arms = {dataset.label: part for dataset, part in zip(datasets, parts)}
-    eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
+    tokenizer = common.setup(args)
+    datasets, eval_datasets = common.load_datasets(args, tokenizer)
+    model = common.load_start(args)
+    arms = {dataset.label: dataset.examples for dataset in datasets}
+    sampler = SAMPLERS.get(args.sampling, baselines.Fixed)(arms, args)
+    eval_sets = {dataset.label: dataset.examples for dataset in eval_datasets}
+    examples = Examples.join([*arms.values()])
     tries = args.sampling == "dynamix" and args.lookahead == "virtual"
     common.print_memory(model, args, snapshot=tries)
-    common.check_gradients(model, parts[0][0], args.dtype)
-    config = common.data_config(datasets, eval_datasets, sum(parts, []))
-    run.open(**config)
+    common.check_gradients(model, examples[0], args.dtype)
+    run.open(**common.data_config(datasets, eval_datasets, examples))
     if args.show_batch:
-        data.show_examples(sum(parts, []), tokenizer)
-    plan = make_plan(arms, args)
+        data.show_examples(examples, tokenizer)
+    plan = make_plan(sampler, args)
     if not run.state:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
-    counts, rows = train(model, arms, eval_sets, plan, args, run)
+    counts, rows = train(model, sampler, eval_sets, plan, args, run)
     measure = common.evaluator(eval_sets, args)
     result = common.save_final(model, tokenizer, measure, counts["steps"], run)
     common.print_evaluation(result)
     print_mixture(rows)
+    distance = distances(sampler)
     cost = run.cost("reward")
     print(f"cost  {cost['total']:.3f}x static sampling: training 1 + rewards {cost['reward']:.3f}")
     if ranks.rank() == 0:
         with run.timer("figures"):
             plots.draw(run.folder)
-    run.finish({**counts, "eval": result, "mixture": rows, "cost": cost})
+    run.finish({**counts, "eval": result, "mixture": rows, "cost": cost, "distance": distance})
 
 
 if __name__ == "__main__":

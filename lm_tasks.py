@@ -9,6 +9,7 @@ import functools
 import importlib
 import json
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -168,11 +169,12 @@ def read_records(source: str, split: str = "eval") -> list[tuple]:
     """A file, folder or hub id -> [(file, row number, record)]. Raises UserError."""
     if source.split("/")[0] == "toy":
         raise UserError("toy holds no benchmark's rows; give it with --eval_data")
-    return objects(data.read_source(source, None, split)[0])
+    return objects(data.find_source(source, None, 0, split).records())
 
 
-def objects(records: list[tuple]) -> list[tuple]:
+def objects(records: Iterable[tuple]) -> list[tuple]:
     """The records as they are. Raises UserError where one is not an object."""
+    records = list(records)
     for file, number, record in records:
         data.check_object(record, f"{file}, row {number}")
     return records

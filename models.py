@@ -283,7 +283,11 @@ def read_config(name: str):
     """transformers' config of the model `name`, an adapter's that of its base."""
     import transformers
 
+    seen = []
     while (Path(name) / ADAPTER).exists():
+        if name in seen:
+            raise UserError(f"--model {name}: is an adapter on itself, by {len(seen)} step(s)")
+        seen.append(name)
         name = find_base(Path(name) / ADAPTER)[0]
     if name == "tiny":
         return tiny_model().config
@@ -345,7 +349,8 @@ def load_tokenizer(name: str) -> tuple[Any, int]:
     """-> the tokenizer of a model, and how many positions that has; its weights are not read.
     Raises UserError."""
     with one_line(name):
-        return read_tokenizer(name), positions(read_config(name))
+        longest = positions(read_config(name))
+        return read_tokenizer(name), longest
 
 
 def load_model(name: str, device: torch.device, seed: int = 0, storage=torch.float32):

@@ -3,7 +3,7 @@
     python plots.py runs/mine --format pdf      # draws the figures of a run again, for a paper
 
   sftmix.py       confidence (the paper's Figure 3), perplexity, embeddings (Figure 1), loss
-  dynamix_sft.py  mixture, rewards, coverage, loss
+  dynamix_sft.py  mixture, rewards, groups (HBO), coverage, loss
   dynamics.py     losses, mixture, slopes, prediction
   eval.py         results
 A figure whose data the folder does not hold is left out: its function misses a file or a key.
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 MOST_BINS = 50  # of the confidence histogram
 MOST_SLOPES = 8  # slope matrices shown, evenly spread over the updates
 LONGEST_BAR = 400  # % coverage; longer bars are cut, their number is written beside them
+REWARDS = {  # by --sampling: what a reward and a value are
+    "dynamix": ("1-step look-ahead reward", "Value Q"),
+    "multidds": ("mean cosine with held-out gradients", "Logit w"),
+    "multiuat": ("Uncertainty on held-out rows", "Logit w"),
+    "hbo": ("mean norm of an example's gradient", "Logit w"),
+}
 STYLE = {"font.size": 8, "axes.titlesize": 9, "lines.linewidth": 1.3, "lines.markersize": 3}
 
 
@@ -201,12 +207,30 @@ def plot_mixture(figure: Figure, folder: Path, config: dict, records: list) -> N
 
 
 def plot_rewards(figure: Figure, folder: Path, config: dict, records: list) -> None:
-    """Raw reward and value Q of every dataset over the updates."""
-    kinds = ("reward", "1-step look-ahead reward"), ("value", "Value Q")
+    """Raw reward and value (Q, or an actor's logit) of every dataset over the updates."""
+    titles = REWARDS.get(config["flags"].get("sampling"), REWARDS["dynamix"])
+    kinds = zip(("reward", "value"), titles)
     for axis, (kind, title) in zip(panels(figure, 4, 3, 2), kinds):
         points = [series(records, f"{kind}/{label}") for label in config["datasets"]]
         plot_lines(axis, list(zip(config["datasets"], points)))
         axis.set(title=title, ylabel=kind)
+
+
+def plot_groups(figure: Figure, folder: Path, config: dict, records: list) -> None:
+    """Probability of each group of difficulty within its dataset (HBO), a panel a dataset."""
+    found = {}
+    for key in dict.fromkeys(key for record in records for key in record):
+        if key.startswith("group/"):
+            label, group = key.removeprefix("group/").rsplit("/", 1)
+            found.setdefault(label, []).append((group, series(records, key)))
+    if not found:
+        raise LookupError("group/")
+    most = sorted(found.items(), key=lambda item: -len(item[1]))  # the first has the legend
+    axes = panels(figure, 2.6, 1.9, len(found))
+    for axis, (label, lines) in zip(axes, most):
+        plot_lines(axis, lines)
+        axis.set(title=short(label), ylabel="p of a group")
+    axes[0].lines[0].set_label("1 easiest")
 
 
 def plot_coverage(figure: Figure, folder: Path, config: dict, records: list) -> None:
@@ -316,7 +340,7 @@ def plot_results(figure: Figure, folder: Path, config: dict, records: list) -> N
 # ---- The folder ----------------------------------------------------------------------------------
 FIGURES = {
     "sftmix": (plot_confidence, plot_perplexity, plot_embeddings, plot_loss),
-    "dynamix_sft": (plot_mixture, plot_rewards, plot_coverage, plot_loss),
+    "dynamix_sft": (plot_mixture, plot_rewards, plot_groups, plot_coverage, plot_loss),
     "dynamics": (plot_losses, plot_mixture, plot_slopes, plot_prediction),
     "eval": (),  # results are drawn wherever they are
 }

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -24,7 +23,7 @@ import threading
 import time
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 import data
 import ranks
-from data import UserError
+from data import UserError, sha256
 from models import cast, causal_lm, lasting_name, model_fingerprint, trainable
 
 
@@ -300,7 +299,7 @@ def load_shards(folder: str, model, optimizer) -> dict:
 # ---- Flags of a resumed run ----------------------------------------------------------------------
 # They may differ when a run is resumed: they change what is written, not what is computed.
 RESUME_FREE = {"output_dir", "resume", "log_every", "eval_every", "save_every", "save_minutes"}
-RESUME_FREE |= {"keep_checkpoint", "track", "show_batch", "save_dtype"}
+RESUME_FREE |= {"keep_checkpoint", "track", "show_batch", "save_dtype", "no_cache"}
 
 
 def free_flags(script: str) -> set[str]:
@@ -502,11 +501,6 @@ def save_tensors(path: Path, state: dict) -> None:
         os.fsync(stream.fileno())
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def read_checkpoint(folder: Path) -> dict | None:
     """The state in a run's folder; None where there is none yet. Raises UserError where it is not
     what was written."""
@@ -514,7 +508,8 @@ def read_checkpoint(folder: Path) -> dict | None:
     place = next((place for place in places if place.exists()), None)
     if place is None:
         return None
-    problems = ranks.gather(damaged_files(place))
+    own = slice(ranks.rank(), None, ranks.world())
+    problems = ranks.gather(damaged_files(place, ["state.pt"], own))
     if problems:
         advice = f"restore it, or remove {place} to start over with --resume"
         raise UserError(f"{problems[0]}; {advice}")
@@ -529,14 +524,16 @@ def read_checkpoint(folder: Path) -> dict | None:
     return state
 
 
-def damaged_files(place: Path) -> list[str]:
-    """What is wrong with those files of a checkpoint that this rank looks at."""
+def damaged_files(place: Path, needed: Sequence[str], part=slice(None)) -> list[str]:
+    """What is wrong with the files that SHA256SUMS of a folder lists, or with that part of them.
+    needed: files that must be among them."""
     try:
         lines = (place / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
         listed = [line.split(maxsplit=1) for line in lines]
-        if "state.pt" not in [name for _, name in listed]:
-            raise ValueError("no state.pt")
-        for digest, name in listed[ranks.rank() :: ranks.world()]:
+        missing = set(needed) - {name for _, name in listed}
+        if missing:
+            raise ValueError(f"no {sorted(missing)[0]}")
+        for digest, name in listed[part]:
             if sha256(place / name) != digest:
                 return [f"{place / name}: is not what was written (its sha256 differs)"]
     except (FileNotFoundError, ValueError) as error:

@@ -32,8 +32,9 @@ from tqdm import tqdm
 import common
 import data
 import plots
+import prepare
 import ranks
-from data import Example, UserError, data_rng
+from data import Examples, UserError, data_rng
 
 
 # ---- Step 1: confidence --------------------------------------------------------------------------
@@ -231,7 +232,7 @@ class Stage:
     """One training: of the reference, or of the target model."""
 
     name: str  # "reference" or "train": prefix of the metrics
-    examples: list[Example]
+    examples: Examples
     epoch_batches: Callable[[int], list[np.ndarray]]  # epoch -> batches, (2, n) each
     steps: int
     mu: float
@@ -247,8 +248,8 @@ def train(model, stage: Stage, args: Namespace, run: common.Run, eval_sets: dict
     optimizer = common.make_optimizer(model, args)
     rates = [common.learning_rate(step, steps, args) for step in range(steps)]
     torch.manual_seed(args.seed + ranks.rank())  # of dropout
-    lengths = np.array([len(example.ids) for example in pool] + [0])  # the last entry, [-1], is
-    responses = np.array([example.response_length for example in pool] + [0])  # nobody's
+    lengths = np.append(pool.lengths, 0)  # the last entry, [-1], is nobody's
+    responses = np.append(pool.response_lengths, 0)
     counts, perplexity = {"steps": 0, "examples": 0, "tokens": 0}, np.zeros((0, len(pool)))
     window = deque(maxlen=args.log_every)  # of each step what step_values takes
     if run.state and run.state["stage"] == stage.name:
@@ -318,7 +319,7 @@ def step_values(window: deque) -> dict[str, float]:
 
 
 # ---- Step 1 of a run: the reference and its confidence file --------------------------------------
-def perplexities(model, examples: list[Example], args: Namespace) -> np.ndarray:
+def perplexities(model, examples: Examples, args: Namespace) -> np.ndarray:
     """Perp(Y|X) = exp(mean NLL of the response) of every example (§3.1) -> (N,) float64.
     Raises UserError where one is not finite."""
     nll, tokens, _ = common.score(model, examples, 2 * args.micro_batch_size, args.dtype, "Perp")
@@ -338,7 +339,7 @@ def ntp_batches(indices: np.ndarray, batch_size: int, seed: int, epoch: int) -> 
     return [unpaired(indices[batch]) for batch in batches]
 
 
-def reference_stage(examples: list[Example], args: Namespace) -> Stage:
+def reference_stage(examples: Examples, args: Namespace) -> Stage:
     """Step 1: plain NTP on all examples, and the C points at which perplexities are taken: evenly
     spaced, the last at the end. Raises UserError where there are fewer steps than points."""
     everyone, count = np.arange(len(examples)), args.num_checkpoints
@@ -435,7 +436,9 @@ def read_confidence(path, fingerprint: str, rows: int) -> np.ndarray:
 FIGURE_EMBEDDINGS = 2500  # most and least confident examples in Figure 1
 
 
-def write_embeddings(model, examples: list, rows: np.ndarray, conf: np.ndarray, args, run) -> None:
+def write_embeddings(
+    model, examples: Examples, rows: np.ndarray, conf: np.ndarray, args, run
+) -> None:
     """embeddings.jsonl, for Figure 1: last hidden state of the final token of the most and the
     least confident examples, by the reference. Two principal components (the paper uses t-SNE; PCA
     needs no further library and no seed). rows (N,): the examples' rows of the data."""
@@ -456,25 +459,18 @@ def write_embeddings(model, examples: list, rows: np.ndarray, conf: np.ndarray, 
 
 
 # ---- Steps 2 and 3 of a run: which rows, which halves --------------------------------------------
-def encode_rows(datasets: list, tokenizer, max_length: int) -> dict[int, Example]:
-    """{index of the row over all datasets: Example}; what a tokenizer skips is missing."""
-    starts = np.cumsum([0] + [len(dataset.rows) for dataset in datasets])
-    parts = data.encode_datasets(datasets, tokenizer, max_length)
-    return {int(starts[e.dataset]) + e.row: e for part in parts for e in part}
-
-
-def reference_examples(datasets: list, examples: dict, args: Namespace) -> dict[int, Example]:
-    """The rows as the reference's own tokenizer and template have them."""
-    if not args.ref_model:
-        return examples
+def reference_examples(args: Namespace, kept: np.ndarray | None) -> tuple[Examples, np.ndarray]:
+    """The data as --ref_model's own tokenizer and template have it -> examples, their rows. kept:
+    by --select (select_rows)."""
     tokenizer, positions = common.load_tokenizer(args.ref_model)
     template = "auto" if args.template == "chat" else args.template
     template = data.pick_template(template, tokenizer)
     tokenizer = data.with_template(tokenizer, template, args.template_date)
     print(f"reference {args.ref_model}: template {template}")
-    longest = min(args.max_length, positions)
-    copies = [replace(dataset) for dataset in datasets]  # what it leaves out is not the run's
-    return encode_rows(copies, tokenizer, longest)
+    recipe = common.recipe(args, tokenizer)
+    recipe = replace(recipe, max_length=min(args.max_length, positions))
+    datasets = prepare.load(args.data, recipe)
+    return prepare.pool(datasets if kept is None else keep_rows(datasets, kept))
 
 
 def read_scores(path: str, rows: int) -> list[float]:
@@ -494,22 +490,30 @@ def read_scores(path: str, rows: int) -> list[float]:
     return scores
 
 
-def select_rows(datasets: list, examples: dict[int, Example], args: Namespace):
-    """Keep --select_n rows, the longest responses in tokens or the highest scores (Table 7), in
-    their order -> datasets, examples by their new index. Raises UserError."""
-    rows = [(dataset, row) for dataset in datasets for row in dataset.rows]
-    scores = {i: example.response_length for i, example in examples.items()}
+def select_rows(datasets: list, args: Namespace) -> np.ndarray:
+    """--select (Table 7): which rows of all datasets are kept, --select_n of those with an example,
+    the longest responses in tokens or the highest scores -> indices, rising. Raises UserError."""
+    examples, rows = prepare.pool(datasets)
+    scores = examples.response_lengths
     if args.select != "longest":
-        scores = read_scores(args.select, len(rows))
+        scores = np.array(read_scores(args.select, sum(each.size for each in datasets)))[rows]
     if args.select_n > len(examples):
         problem = f"only {len(examples):,} rows can be chosen from"
         raise UserError(f"--select_n {args.select_n}: {problem}")
-    kept = sorted(sorted(examples, key=lambda i: (-scores[i], i))[: args.select_n])
-    for dataset in datasets:
-        dataset.rows = [rows[i][1] for i in kept if rows[i][0] is dataset]
+    kept = np.sort(rows[np.argsort(-scores, kind="stable")[: args.select_n]])
     print(f"data  --select {args.select}: {len(kept):,} rows kept")
-    chosen = {new: examples[old] for new, old in enumerate(kept)}
-    return [dataset for dataset in datasets if dataset.rows], chosen
+    return kept
+
+
+def keep_rows(datasets: list, kept: np.ndarray) -> list:
+    """The datasets with those rows alone; one that keeps none is left out."""
+    result, chosen = [], np.zeros(sum(each.size for each in datasets), bool)
+    chosen[kept] = True
+    for each in datasets:
+        own, chosen = chosen[: each.size], chosen[each.size :]
+        if own.any():
+            result.append(each.keep(own, len(result)))
+    return result
 
 
 def split(source: list[str], perplexity: np.ndarray | None, args: Namespace) -> Halves:
@@ -529,10 +533,10 @@ def split(source: list[str], perplexity: np.ndarray | None, args: Namespace) -> 
     return Halves(*partition(conf), nobody)
 
 
-def check_halves(rows: list[int], source: list[str], args: Namespace) -> None:
+def check_halves(rows: np.ndarray, source: list[str], args: Namespace) -> None:
     """Raise UserError, before any training, where step 2 would find nothing to split.
     rows: the examples that have a confidence, or will have one."""
-    if not rows:
+    if not len(rows):
         raise UserError("no example has a confidence")
     if is_baseline(args):
         return
@@ -542,18 +546,22 @@ def check_halves(rows: list[int], source: list[str], args: Namespace) -> None:
         raise UserError(f"--data: {len(rows)} examples {problem}; give more rows")
 
 
-def target_stage(examples: dict, source: list[str], perplexity, args: Namespace) -> Stage:
+def target_stage(
+    examples: Examples, rows: np.ndarray, source: list[str], perplexity, args: Namespace
+) -> Stage:
     """Steps 2 and 3: what the target is trained on, in which batches, with which weights.
-    source: label by row; perplexity (C, rows), or None where the split does not need it."""
-    rows = sorted(examples)
+    rows (N,): the examples' rows of the data, source: label by row; perplexity (C, n) by row, or
+    None where the split does not need it."""
+    scored = np.ones(len(rows), bool)
     if perplexity is not None:
-        rows = [i for i in rows if np.isfinite(perplexity[:, i]).all()]
-        perplexity = perplexity[:, rows]
-    if len(rows) < len(examples):
+        scored = np.isfinite(perplexity[:, rows]).all(0)
+        perplexity = perplexity[:, rows[scored]]
+    if not scored.all():
         why = "have no confidence (skipped by the reference's tokenizer) and are skipped"
-        print(f"data  {len(examples) - len(rows)} examples {why}")
-    pool, weight = [examples[i] for i in rows], np.ones(len(rows))
-    trained_on, options = np.arange(len(rows)), (args.batch_size, args.seed)
+        print(f"data  {np.sum(~scored)} examples {why}")
+    pool, rows = examples.take(scored), rows[scored]
+    weight, trained_on = np.ones(len(pool)), np.arange(len(pool))
+    options = args.batch_size, args.seed
     if not is_baseline(args):
         halves = split([source[i] for i in rows], perplexity, args)
         sizes = [f"{len(part):,} {name}" for name, part in vars(halves).items() if len(part)]
@@ -566,7 +574,7 @@ def target_stage(examples: dict, source: list[str], perplexity, args: Namespace)
     else:
         batches = partial(ntp_batches, trained_on, *options)
     steps = common.total_steps(args, len(batches(0)))
-    epochs, tokens = steps / len(batches(0)), sum(example.response_length for example in pool)
+    epochs, tokens = steps / len(batches(0)), pool.response_lengths.sum()
     plan = f"{steps} steps, {args.epochs or epochs:.3g} epochs; {common.batch_arithmetic(args)}"
     print(f"train {plan}; {tokens:,} response tokens an epoch")
     return Stage("train", pool, batches, steps, args.mu, weight)
@@ -629,42 +637,42 @@ def main(argv=None):
     run = common.Run("sftmix", args)
     if run.finished:
         return
-    datasets, eval_datasets = common.load_datasets(args)
+    tokenizer = common.setup(args)
+    datasets, eval_datasets = common.load_datasets(args, tokenizer)
     if args.partition == "source" and len(datasets) != 2:
         raise UserError(f"--partition source needs two datasets; --data gives {len(datasets)}")
-    model, tokenizer = common.setup(args)
-    examples = encode_rows(datasets, tokenizer, args.max_length)
-    if args.select:
-        datasets, examples = select_rows(datasets, examples, args)
-    eval_sets = common.encode_eval(eval_datasets, tokenizer, args)
-    source = [dataset.label for dataset in datasets for _ in dataset.rows]  # by row
+    kept = select_rows(datasets, args) if args.select else None
+    datasets = datasets if kept is None else keep_rows(datasets, kept)
+    examples, rows = prepare.pool(datasets)
+    eval_sets = {dataset.label: dataset.examples for dataset in eval_datasets}
+    source = [dataset.label for dataset in datasets for _ in range(dataset.size)]  # by row
     fingerprint, perplexity, reference = data.fingerprint(datasets), None, None
+    scored = rows
     if args.confidence:
         perplexity = read_confidence(args.confidence, fingerprint, len(source))
+        scored = np.flatnonzero(np.isfinite(perplexity).all(0))
     elif args.partition == "confidence" and not is_baseline(args):
-        by_row = reference_examples(datasets, examples, args)
-        reference = reference_stage([by_row[i] for i in sorted(by_row)], args)
-    scored = set(by_row if reference else examples)
-    if perplexity is not None:
-        scored &= set(np.flatnonzero(np.isfinite(perplexity).all(0)).tolist())
-    check_halves(sorted(scored & set(examples)), source, args)
+        own = examples, rows
+        known, scored = reference_examples(args, kept) if args.ref_model else own
+        reference = reference_stage(known, args)
+    check_halves(np.intersect1d(scored, rows), source, args)
+    model = common.load_start(args)
     common.print_memory(model, args)
-    common.check_gradients(model, next(iter(examples.values())), args.dtype)
+    common.check_gradients(model, examples[0], args.dtype)
     step_1_is_over = run.state and run.state["stage"] == "train"
     if reference and args.ref_model and not step_1_is_over:  # before anything is written
         del model
         model = common.load_trainable(args.ref_model, args)[0]
-    run.open(**common.data_config(datasets, eval_datasets, examples.values()))
+    run.open(**common.data_config(datasets, eval_datasets, examples))
     if args.show_batch:
-        data.show_examples(examples.values(), tokenizer)
+        data.show_examples(examples, tokenizer)
     if reference and step_1_is_over:
         perplexity = read_confidence(run.folder / "confidence.jsonl", fingerprint, len(source))
     elif reference:
-        rows = np.array(sorted(by_row))
-        perplexity = reference_perplexities(model, reference, rows, source, args, run)
+        perplexity = reference_perplexities(model, reference, scored, source, args, run)
         del model
         model = common.load_trainable(args.model, args)[0]  # a fresh instance of the target
-    target = target_stage(examples, source, perplexity, args)
+    target = target_stage(examples, rows, source, perplexity, args)
     if not step_1_is_over:
         common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
     counts, _ = train(model, target, args, run, eval_sets)

@@ -5,6 +5,9 @@
     python benchmarks/dynamix_sft.py batch        # the mixture's dependence on reward mini-batches
     python benchmarks/dynamix_sft.py first_order  # rewards from the same states: correlation, cost
     python benchmarks/dynamix_sft.py overhead     # an update and a step in turn: K = 16, batch 128
+    python benchmarks/dynamix_sft.py baselines    # all samplers: loss, overhead, distance
+    python benchmarks/dynamix_sft.py baselines --data FILE --source_column NAME   # ... of your rows
+    python benchmarks/dynamix_sft.py reach        # how far an actor can get in a TÜLU-2 run
 
 Runs that are missing are made under runs/bench-dynamix, then the table is printed; --report only
 prints. The seed changes the model's initial weights, the data order and the draws. Further flags go
@@ -29,8 +32,8 @@ from scipy.stats import spearmanr
 from shared import mean_error, print_table
 
 import common
-import data
 import dynamix_sft
+from data import Examples
 
 RECIPE = (
     "--eval_data toy --template plain --batch_size 32 --micro_batch_size 16 --lr 3e-3 --epochs 3 "
@@ -51,6 +54,14 @@ REWARDS = {
     "entropy": "--reward entropy",
     "proportional sampling": "--sampling proportional",
 }
+SAMPLERS = {
+    **MIXTURES,
+    "MultiDDS": "--sampling multidds",
+    "MultiUAT": "--sampling multiuat",
+    "HBO": "--sampling hbo",
+}
+# of baselines --data FILE, beside RECIPE
+FILE_RECIPE = "--max_length 512 --epochs 0.35 --batch_size 16 --reward_batch_size 8"
 DEFAULT_BATCH = 16  # --reward_batch_size
 
 # --lookahead and --reward_on of the first-order study; the first is what the others are held to.
@@ -183,6 +194,73 @@ def batch(args: argparse.Namespace) -> None:
     print_table([*header, "between two seeds, same batch"], rows)
 
 
+# ---- all samplers
+
+
+def split_file(args: argparse.Namespace) -> str:
+    """--data FILE: every tenth row of a source is held out, at most 40 -> flags for training on the
+    others and evaluating by source."""
+    root = Path(args.output_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    lines = {}
+    for line in Path(args.data[0]).read_text(encoding="utf-8").split("\n"):
+        if line:
+            lines.setdefault(json.loads(line)[args.source_column], []).append(line + "\n")
+    trained, evaluated = [], []
+    for source, own in lines.items():
+        held_out = own[::10][:40]
+        trained += [line for line in own if line not in set(held_out)]
+        path = root / f"held-out-{shared.slug(source)}.jsonl"
+        common.write_text(path, "".join(held_out))
+        evaluated.append(f"{source}={path}")
+    common.write_text(root / "train.jsonl", "".join(trained))
+    flags = f"--data {root / 'train.jsonl'} --source_column {args.source_column}"
+    return f"{FILE_RECIPE} {flags} --eval_data {' '.join(evaluated)}"
+
+
+def baselines(args: argparse.Namespace) -> None:
+    """Held-out loss, overhead and distance from the prior of every sampler."""
+    start = split_file(args) if args.data else TOY
+    found = {name: {} for name in SAMPLERS}
+    for seed in args.seeds:  # a table can be printed before all seeds are there
+        for name, flags in SAMPLERS.items():
+            folder = run(args, name, seed, f"{start} {flags}")
+            found[name] |= {seed: folder} if folder else {}
+    seeds = sorted(set.intersection(*map(set, found.values())))
+    folders = {name: [own[seed] for seed in seeds] for name, own in found.items()}
+    losses = {name: shared.eval_losses(own) for name, own in folders.items()}
+    shared.print_losses(losses, list(shared.summary(folders["HBO"][0])["eval"]), len(seeds))
+    print("\nbeside proportional sampling, mean ± standard error over seeds\n")
+    rows = []
+    for name, own in folders.items():
+        summaries = [shared.summary(folder) for folder in own]
+        difference = (losses[name] - losses["proportional"]).mean(1)
+        row = [name, mean_error(difference, 4, "+"), str(summaries[0]["updates"])]
+        row.append(mean_error([each["cost"]["total"] for each in summaries], 2))
+        for level in ("datasets", "groups"):
+            distances = [each["distance"].get(level) for each in summaries]
+            row.append("-" if None in distances else mean_error(distances, 4))
+        rows.append(row)
+    header = ["", "macro average, paired by seed", "updates", "time / static"]
+    print_table([*header, "distance from the prior", "of the groups"], rows)
+
+
+def reach(args: argparse.Namespace) -> None:
+    """How far an actor can get from a uniform start when one dataset has all the reward."""
+    steps, rows = 5000, []  # 320K examples, 2 epochs of batches of 128
+    for name, count, every in (("MultiDDS, MultiUAT", 16, 1000), ("HBO", 16, 200)):
+        start = dynamix_sft.baselines.actor_start(np.ones(count))
+        rewards, updates, actor = np.eye(count)[0], len(common.every(every, steps)), start
+        for _ in range(updates):
+            actor = dynamix_sft.baselines.actor_update(actor, rewards)
+        p = dynamix_sft.baselines.softmax(actor[0])
+        distance = dynamix_sft.baselines.total_variation(p, np.ones(count))
+        rows.append([name, str(updates), f"{1 / count:.4f}", f"{p[0]:.4f}", f"{distance:.4f}"])
+    print(f"{steps:,} steps, 16 datasets of one size, all the reward on one of them\n")
+    header = ["actor", "updates", "its p at the start", "at the end", "distance from the prior"]
+    print_table(header, rows)
+
+
 # ---- first-order rewards
 
 
@@ -272,21 +350,20 @@ class OverheadRun:
     def __init__(self, flags: argparse.Namespace):
         self.flags = flags
         with contextlib.redirect_stdout(io.StringIO()):
-            self.model, tokenizer = common.setup(flags)
-            datasets, _ = common.load_datasets(flags)
-            parts = data.encode_datasets(datasets, tokenizer, flags.max_length)
+            datasets, _ = common.load_datasets(flags, common.setup(flags))
+            self.model = common.load_start(flags)
+        parts = [dataset.examples for dataset in datasets]
         self.arms = {str(k): parts[k % len(parts)] for k in range(16)}
-        self.pool = [example for arm in self.arms.values() for example in arm]
-        self.lengths = [len(example.ids) for example in self.pool]
+        self.pool = Examples.join([*self.arms.values()])
         self.optimizer = common.make_optimizer(self.model, flags)
         sizes = np.array([len(arm) for arm in self.arms.values()])
-        self.sampler = common.MixtureSampler(sizes, self.lengths, flags.batch_size, 0)
+        self.sampler = common.MixtureSampler(sizes, flags.batch_size, 0)
         start = np.zeros(16), sizes / sizes.sum(), flags.beta, flags.gamma
         self.probabilities = dynamix_sft.sampling_probabilities(*start)
         self.model.train()
 
     def train(self, step: int) -> None:
-        batch = self.sampler.batches(self.probabilities, step)[0]
+        batch = self.sampler.batch(self.probabilities, step)
         common.backward(self.model, [self.pool[i] for i in batch], self.flags)
         lr, max_grad_norm = self.flags.lr, self.flags.max_grad_norm
         common.optimizer_step(self.model, self.optimizer, lr, max_grad_norm)
@@ -341,6 +418,8 @@ TABLES = {
     "batch": batch,
     "first_order": first_order,
     "overhead": overhead,
+    "baselines": baselines,
+    "reach": reach,
 }
 
 
@@ -353,8 +432,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--report", action="store_true", help="print the table of the runs that are there")
     add("--sizes", type=int, nargs="+", default=[4, 16, 64], help="of batch: reward mini-batches")
     add("--model", default="tiny", help="of overhead")
-    add("--data", nargs="+", help="of overhead; default 16 datasets of toy")
-    add("--source_column", help="of overhead")
+    add("--data", nargs="+", help="of overhead and baselines; default toy")
+    add("--source_column", help="of overhead and baselines")
     add("--batches", type=int, nargs="+", default=[8, 16, 32], help="of overhead: reward batches")
     add("--repeats", type=int, default=3, help="of overhead")
     args, args.flags = parser.parse_known_args(argv)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import common
 import data
 
 datasets.disable_progress_bars()
+cache = tempfile.TemporaryDirectory(prefix="cleansft-tests-")  # gone at the end
+os.environ["CLEANSFT_CACHE"] = cache.name  # of the tests' processes, too
 
 # ------------------------------------------------------------------------ models
 

@@ -75,6 +75,8 @@ NUMBERS = {
         "alpha": SHARE,
         "update_every": COUNT,
         "reward_batch_size": POSITIVE,
+        "actor_lr": POSITIVE_REAL,
+        "mc_passes": POSITIVE,
     },
     "dynamics": {
         **SHARED,
@@ -329,6 +331,7 @@ def models(folder, tokenizer):
     edited(copied("heads"), n_head=5)
     (copied("card") / "cleansft.json").write_text("[1]")
     adapter(folder / "pickled", base_model_name_or_path=str(whole))
+    tokenizer.save_pretrained(folder / "pickled")
     (folder / "pickled" / "adapter_model.bin").write_bytes(pickle.dumps(Payload(folder / "ran")))
     named = copied("remote_tokenizer") / "tokenizer_config.json"
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
@@ -339,6 +342,7 @@ def models(folder, tokenizer):
     adapter(folder / "itself", base_model_name_or_path=str(folder / "itself"))
     adapter(folder / "hub_base", base_model_name_or_path="nobody/nothing")
     adapter(folder / "no_weights_adapter", base_model_name_or_path=str(whole))
+    tokenizer.save_pretrained(folder / "no_weights_adapter")
     (folder / "no_json_adapter").mkdir()
     (folder / "no_json_adapter" / "adapter_config.json").write_text("{")
     (folder / "bad.gguf").write_bytes(b"GGUF and nothing of it")
@@ -514,7 +518,7 @@ cases("""
 * --model {remote_tokenizer} | the tokenizer has no EOS token
 * --model {orphan} | adapter_config.json: its base | is not there
 * --model {nameless} | adapter_config.json: names no base
-* --model {itself} | itself:
+* --model {itself} | itself: is an adapter on itself
 * --model {hub_base} | hub_base: cannot be loaded
 * --model {no_weights_adapter} | no_weights_adapter: cannot be loaded
 * --model {no_json_adapter} | no_json_adapter: cannot be loaded
@@ -608,7 +612,13 @@ sftmix --max_length 3 | no example is left at --max_length 3
 """)
 # dynamix_sft.py's
 cases("""
-dynamix_sft --sampling all | invalid choice: 'all'
+dynamix_sft --sampling all | --sampling all: expected dynamix, proportional, uniform, multidds
+dynamix_sft --sampling {scalar.json} | --sampling | expected {label: weight} for rows
+dynamix_sft --sampling {deep.json} | --sampling | expected {label: weight} for rows
+dynamix_sft --sampling {no}.json | --sampling | expected {label: weight} for rows
+dynamix_sft --sampling multidds --data {rows.jsonl} {one.jsonl} | 'one' has one row
+dynamix_sft --sampling multiuat --data {one.jsonl} | 'one' has one row
+dynamix_sft --sampling multiuat --uncertainty joy | invalid choice: 'joy'
 dynamix_sft --init proportional | --init proportional goes with --no-prior and a positive --beta
 dynamix_sft --init proportional --no-prior --beta 1e-7 | --beta 1e-07: | divides by it
 dynamix_sft --lookahead first_order --reward entropy | --lookahead first_order goes with

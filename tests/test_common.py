@@ -476,7 +476,7 @@ model data eval_data source_column template max_length show_batch
 epochs max_steps batch_size micro_batch_size lr weight_decay schedule warmup_ratio max_grad_norm
 dtype gradient_checkpointing lora_rank lora_alpha lora_dropout
 seed output_dir resume log_every eval_every save_every save_minutes keep_checkpoint save_dtype
-track
+no_cache track
 """
 
 

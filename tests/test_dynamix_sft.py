@@ -765,7 +765,10 @@ def test_short_runs_say_that_nothing_is_updated(tmp_path, run, capsys):
         (["--gamma", "1.5"], "argument --gamma: '1.5' is not between 0 and 1"),
         (["--beta", "-1"], "argument --beta: '-1' is not a number of at least 0"),
         (["--alpha", "2"], "argument --alpha: '2' is not between 0 and 1"),
-        (["--sampling", "roulette"], "argument --sampling: invalid choice: 'roulette'"),
+        (
+            ["--sampling", "roulette"],
+            "--sampling roulette: expected dynamix, proportional, uniform, ",
+        ),
         (["--init", "proportional"], "--init proportional goes with --no-prior and a positive"),
         (["--reward_batch_size", "0"], "--reward_batch_size: '0' is not a positive whole number"),
         (

@@ -240,7 +240,8 @@ def test_losses_by_hand():
 def make_problem(tokenizer, *flags):
     """What is known before training, without a model -> Problem and flags."""
     args = dynamics.parse_args(["--template", "plain", *flags])
-    return dynamics.make_problem(*common.load_datasets(args), plain(tokenizer), args)
+    tokenizer = plain(tokenizer)
+    return dynamics.make_problem(*dynamics.load_datasets(args, tokenizer), tokenizer, args)
 
 
 @pytest.fixture(scope="module")
@@ -685,7 +686,7 @@ def training_pool(watched):
     """All training examples, dataset after dataset."""
     loaded = data.load_data(TRAINING, seed=SEED)
     tokenizer = common.tiny_tokenizer()
-    return sum(data.encode_datasets(loaded, plain(tokenizer), 512, quiet=True), [])
+    return data.Examples.join(data.encode_datasets(loaded, plain(tokenizer), 512, quiet=True))
 
 
 def own_mixtures(watched):

@@ -484,7 +484,9 @@ def test_evaluations_and_checkpoints_around_updates(main_run):
 
     (saved,) = main_run.of("save_checkpoint")
     state = saved.given["state"]
-    assert state["values"] == pytest.approx(vector(updates(main_run)[1], "value"))
+    assert state["sampler"]["values"].tolist() == pytest.approx(
+        vector(updates(main_run)[1], "value")
+    )
     assert (state["counts"]["steps"], state["counts"]["updates"]) == (4, 2)
     seen = counted(batches, 4)
     assert state["seen"].tolist() == seen.tolist()

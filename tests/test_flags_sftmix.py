@@ -80,6 +80,7 @@ RECIPE = dict(
     max_length=None,
     show_batch=False,
     save_dtype="auto",
+    no_cache=False,
     epochs=3.0,
     max_steps=None,
     batch_size=32,

@@ -13,6 +13,7 @@ FLOORS = [
     "ranks",
     "models",
     "runs",
+    "prepare",
     "sandbox",
     "common",
     "predictions",

@@ -538,3 +538,32 @@ def test_results_show_the_first_number_with_its_interval(tmp_path):
     assert (second.get_title(), second.get_xlabel()) == ("y", "nll")
     intervals = [bars.get_segments()[0][:, 0].tolist() for bars in first.collections]
     assert intervals == [[0.25, 0.875], [0.75, 0.75]]
+
+
+def test_groups_of_difficulty(tmp_path):
+    """A panel a dataset that has groups, the one with most of them first; no figure without."""
+    folder = dynamix_run(tmp_path / "run")
+    assert "groups.png" not in {path.name for path in plots.draw(folder)}
+    lines = []
+    for step, p in ((0, 0.5), (8, 0.7)):
+        own = {"group/a/1": 1.0, "group/b/c/1": p, "group/b/c/2": 1 - p}
+        lines.append(json.dumps({"step": step, **own}) + "\n")
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.writelines(lines)
+    one, other = axes_of(plots.plot_groups, folder)
+    assert (one.get_title(), other.get_title()) == ("b/c", "a")
+    assert [line.get_ydata().tolist() for line in one.lines] == [
+        [0.5, 0.7],
+        [0.5, pytest.approx(0.3)],
+    ]
+    assert "groups.png" in {path.name for path in plots.draw(folder)}
+
+
+@pytest.mark.parametrize("name", ["multidds", "multiuat", "hbo", "dynamix", "mine.json"])
+def test_reward_titles_say_what_a_reward_is(tmp_path, name):
+    folder = dynamix_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["flags"]["sampling"] = name
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    titles = tuple(axis.get_title() for axis in axes_of(plots.plot_rewards, folder))
+    assert titles == plots.REWARDS.get(name, plots.REWARDS["dynamix"])

@@ -154,6 +154,21 @@ def test_a_run_of_one_process_goes_on_with_two(place):
     close(plain(folder / "from-1"), plain(folder / "dynamix_sft-1"))
 
 
+def test_samplers_decide_alike(tmp_path):
+    """MultiDDS, MultiUAT and HBO on two ranks: the rewards, mixtures and groups of one process."""
+    names, jobs = ("multidds", "multiuat", "hbo"), []
+    short = f"{SHORT} 7 --data toy/copy#30 toy/add#21 --max_steps 5 --update_every 2"
+    for name in names:
+        own = [*short.split(), "--reward_batch_size", "3", "--sampling", name, "--output_dir"]
+        dynamix_sft.main([*own, str(tmp_path / f"{name}-1")])
+        jobs.append({"script": "dynamix_sft", "flags": [*own, str(tmp_path / f"{name}-2")]})
+    torchrun(tmp_path / "jobs.json", jobs)
+    for name in names:
+        one, two = plain(tmp_path / f"{name}-1"), plain(tmp_path / f"{name}-2")
+        assert sum("reward/copy" in record for record in one) == 2
+        close(one, two)
+
+
 def test_micro_batches_of_ranks(monkeypatch):
     """Every rank gets as many, together they are the batch, each example once; long ones first."""
     lengths = [3, 9, 5, 1, 7, 4, 8]

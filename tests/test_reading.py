@@ -665,13 +665,6 @@ def test_cut_and_left_out_are_counted_everywhere(tmp_path, write_jsonl, capsys):
         assert json.loads((run / file).read_text())["left_out"] == counted
 
 
-def test_ids_fingerprint_sees_ids_and_boundaries():
-    rows = [Row((("user", "ab"),), "c"), Row((("user", "a"),), "bc")]
-    prints = {data.ids_fingerprint(data.encode([row], PLAIN, 512)[0]) for row in rows}
-    cut = data.ids_fingerprint(data.encode(rows[:1], PLAIN, 5)[0])
-    assert len(prints | {cut}) == 3
-
-
 # ------------------------------------------------------------------------ multiple choice
 
 

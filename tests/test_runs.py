@@ -156,7 +156,7 @@ def test_a_signal_outside_of_training_ends_at_once(tmp_path, capsys, monkeypatch
     """Nothing is waited for, nothing is written, the handlers are the caller's again."""
     before = signal.getsignal(signal.SIGTERM)
 
-    def load(args):
+    def load(*_):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 
@@ -270,7 +270,7 @@ def test_resume_alone_takes_every_flag(cut, whole, capsys):
 def test_flags_beside_resume(cut, capsys, monkeypatch):
     """Those that were named must agree, as they were named or as what became of them; the harmless
     ones win. All before data and model are loaded."""
-    monkeypatch.setattr(common, "load_datasets", lambda args: 1 / 0)
+    monkeypatch.setattr(common, "load_datasets", lambda *_: 1 / 0)
     agreeing = ["--dtype", "auto", "--max_steps", "6", "--max_length", "2048", "--template"]
     first = sftmix.parse_args(["--resume", str(cut)])
     assert (first.template, first.max_steps, first.epochs) == ("plain", 6, None)
