@@ -401,7 +401,7 @@ def overhead(args: argparse.Namespace) -> None:
     print(
         f"K = 16, T_update = 50, batch {training.flags.batch_size}; {args.model}, "
         f"{parameters:,} parameters, {machine}; "
-        f"{np.mean(training.lengths):.0f} tokens an example; median step {median:.2f} s "
+        f"{np.mean(training.pool.lengths):.0f} tokens an example; median step {median:.2f} s "
         f"({min(steps):.2f} to {max(steps):.2f}, {len(steps)} steps, {args.repeats} updates each)\n"
     )
     rows = []
