@@ -562,7 +562,8 @@ def read_metrics(path: Path, size: int) -> list[dict]:
 # What a run may write there, beside config.json and .lock.
 WRITTEN = "final best checkpoint tensorboard wandb metrics.jsonl summary.json confidence.jsonl "
 WRITTEN += "embeddings.jsonl test_rows.jsonl confidence.png perplexity.png embeddings.png loss.png "
-WRITTEN += "mixture.png rewards.png coverage.png losses.png slopes.png prediction.png results.png"
+WRITTEN += "mixture.png rewards.png groups.png coverage.png losses.png slopes.png prediction.png "
+WRITTEN += "results.png"
 
 
 class Run:

@@ -221,7 +221,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, model_folder, capsys):
     config = run / "final" / "adapter_config.json"
     saved = read_json(config)
     config.write_text(json.dumps({**saved, "base_model_name_or_path": str(tmp_path / "gone")}))
-    flags = f"--model {run / 'final'} {RUN} --output_dir {tmp_path / 'other'}".split()
+    flags = f"--model {run / 'final'} {RUN} --mu 0 --output_dir {tmp_path / 'other'}".split()
     assert f"{config}: its base {tmp_path}/gone is not" in error_line(capsys, sftmix.main, flags)
     weights = load_file(run / "final" / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "layers.1." not in name}
