@@ -1518,7 +1518,7 @@ class Examples(Sequence):
         for run in np.split(table, np.flatnonzero(~follows) + 1) if len(table) else []:
             first, last = run[0], run[-1]
             tokens = self.tokens[first["part"]][first["begin"] : last["begin"] + last["length"]]
-            digest.update(tokens.tobytes())
+            digest.update(tokens)
         return digest.hexdigest()
 
 
