@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import io
 import json
-import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -284,12 +283,23 @@ def spread(lines: list[dict]) -> list[str]:
     return [f"{np.exp(nll).std(1).mean():.3f}", f"{nll.std(1).mean():.3f}"]
 
 
+def processor() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo; {} where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    pairs = [line.partition(":")[::2] for line in text.split("\n\n")[0].splitlines()]
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
 def hardware() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name") and not torch.cuda.is_available():
-                return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} thread(s)"
-    return shared.device_name(common.pick_device()) or platform.machine()
+    name = "" if torch.cuda.is_available() else processor().get("model name", "")
+    return f"{name} {shared.device_name(common.pick_device())}".strip()
+
+
+def fast_dtype() -> str:
+    """bf16 on a GPU and on a processor that computes in it; elsewhere it is many times slower."""
+    fast = "avx512_bf16" in processor().get("flags", "").split()
+    return "bf16" if fast or torch.cuda.is_available() else "fp32"
 
 
 def print_cost(results: Results) -> None:
@@ -297,11 +307,12 @@ def print_cost(results: Results) -> None:
     summaries = [line["summary"] for line in results.used.values()]
     tokens = sum(summary["tokens"] for summary in summaries)
     hours = sum(summary["seconds"] for summary in summaries) / 3600
+    base = Path(results.args.model).name
+    if base.endswith(".gguf"):
+        base += ", unpacked to fp32: where its blocks have 4 bits, a rounding of published weights"
     print(
         f"\n{len(summaries)} runs, {tokens / 1000:,.0f}K response tokens trained on (without "
-        f"probes and rewards), {hours:.2f} hours of {hardware()}, {results.args.dtype}; base: "
-        f"{Path(results.args.model).name}, unpacked to fp32: if its blocks have 4 bits, that is a "
-        "rounding of the published weights"
+        f"probes and rewards), {hours:.2f} hours of {hardware()}, {results.args.dtype}; {base}"
     )
 
 
@@ -362,8 +373,10 @@ def arms(results: Results) -> None:
         seeds = args.seeds if variant in ALL_SEEDS else min(args.seeds, args.fewer_seeds)
         lines[variant] = [arm(results, variant, where, seed) for seed in range(seeds)]
     lines.setdefault("NTP", [ntp(results, where, seed)[0] for seed in range(args.seeds)])
-    base, quarters = results.base(), quartiles(results.base(), lines["NTP"])
-    rows, drawn = [["base", "-", f"{mean_loss(base, 'held_out'):.4f}", *["-"] * 5, *spread([base])]]
+    base, drawn = results.base(), {}
+    quarters = quartiles(base, lines["NTP"])
+    loss = f"{mean_loss(base, 'held_out'):.4f}"
+    rows = [["base", "-", loss, *["-"] * 5, *spread([base])]]
     for variant, found in lines.items():
         loss = np.mean([mean_loss(line, "held_out") for line in found])
         row = [variant, str(len(found)), f"{loss:.4f}"]
@@ -372,7 +385,7 @@ def arms(results: Results) -> None:
         else:
             drawn[variant] = differences(found, lines["NTP"])
             row.append(shown(drawn[variant]))
-            row += [shown(differences(found, lines["NTP"], rows), 3) for rows in quarters]
+            row += [shown(differences(found, lines["NTP"], part), 3) for part in quarters]
         rows.append([*row, *spread(found)])
     print(f"{where.replace('--', '')}: held-out loss (nats per response token); under NTP the loss")
     print("itself by quartile, else differences from NTP, paired by seed, 95 % intervals\n")
@@ -632,7 +645,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="runs/real")
     add("--seeds", type=int, default=3)
     add("--fewer_seeds", type=int, default=3, help="of arms beside NTP, SFTMix, random halves")
-    add("--dtype", choices=["fp32", "bf16"], default="bf16")
+    add("--dtype", choices=["fp32", "bf16"], default=fast_dtype(), help="default: the faster one")
     add("--lr", type=float, default=1e-4)
     add("--epochs", type=float, default=2.0)
     add("--lrs", type=float, nargs="+", default=[2e-5, 1e-4], help="of grid")
