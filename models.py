@@ -66,8 +66,9 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> str:
-    """auto -> bf16 where the GPU computes in it, else fp32: on a CPU, for repeated runs that are
-    the same bits."""
+    """auto -> bf16 where the GPU computes in it, else fp32. On a CPU with avx512_bf16, bf16 trains
+    2.3 times as fast (SmolLM2-135M, 2 cores: 509 against 220 tokens/s), but auto stays fp32 there:
+    resumed and repeated runs are then the same bits on every CPU."""
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return name

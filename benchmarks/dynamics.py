@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import shared
-from shared import mean_error
 
 import common
 import data
@@ -122,47 +121,6 @@ def fine_tune(folder: Path, model: Path, variant: str, seed: int, flags: list[st
     return shared.summary(shared.run(dynamics, target, *sets, *domains, *own))
 
 
-# ---- tables
-
-
-def table_row(variant: str, summaries: list[dict]) -> list[str]:
-    reports = [summary["report"] for summary in summaries]
-    row = [variant]
-    for key in ("feasible_on_validation", "feasible"):
-        row.append(f"{sum(report[key] for report in reports)}/{len(reports)}")
-    for key in ("reduction_percent", "unconstrained_reduction_percent"):
-        row.append(mean_error([report[key] for report in reports], 1))
-    largest = []
-    for report in reports:
-        largest.append(max(domain["violation"] for domain in report["constraints"].values()))
-    costs = [summary["cost"]["total"] for summary in summaries]
-    return [*row, mean_error(largest, 4), mean_error(costs, 2)]
-
-
-def interval_changes(folders: list[Path], labels: list[str], key: str) -> np.ndarray:
-    """ "predicted" or "observed" changes of these domains' loss over all intervals of some runs."""
-    changes = []
-    for folder in folders:
-        records = shared.records(folder)
-        for label in labels:
-            name = f"update/{label}/{key}"
-            changes += [record[name] for record in records if name in record]
-    return np.array(changes)
-
-
-def linear_model(folders: list[Path], labels: list[str]) -> str:
-    """How well the changes of these domains' loss were predicted, in one line."""
-    predicted = interval_changes(folders, labels, "predicted")
-    observed = interval_changes(folders, labels, "observed")
-    right = np.mean(np.sign(predicted) == np.sign(observed))
-    correlation = np.corrcoef(predicted, observed)[0, 1]
-    sizes = [np.median(np.abs(changes)) for changes in (predicted, observed)]
-    return (
-        f"{len(predicted)} predictions, right sign {right:.0%}, correlation {correlation:.2f}, "
-        f"median size {sizes[0]:.4f} predicted, {sizes[1]:.4f} observed"
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     names = list(VARIANTS)
     parser = shared.argument_parser(__doc__)
@@ -180,14 +138,15 @@ def main(argv: list[str] | None = None) -> None:
             results[variant].append(fine_tune(folder, model, variant, seed, flags))
 
     print(f"{args.seeds} seeds, mean ± standard error; {CAPTION}\n")
-    shared.print_table(HEADER, [table_row(variant, runs) for variant, runs in results.items()])
+    rows = [shared.constrained_row(variant, runs) for variant, runs in results.items()]
+    shared.print_table(HEADER, rows)
     probed = []
     for variant in args.variants:
         if variant.startswith("DynaMiCS"):
             probed += [run_folder(folder, variant, seed) for seed in range(args.seeds)]
     if probed:
-        print(f"\nlinear model, targets: {linear_model(probed, TARGETS)}")
-        print(f"\nlinear model, constraints: {linear_model(probed, CONSTRAINTS)}")
+        print(f"\nlinear model, targets: {shared.linear_model(probed, TARGETS)}")
+        print(f"\nlinear model, constraints: {shared.linear_model(probed, CONSTRAINTS)}")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,48 @@ def paired(losses: dict[str, np.ndarray], one: str, other: str, sign: str = "") 
     return f"{one} - {other}, macro average, paired by seed: {numbers}"
 
 
+# ---- runs of dynamics.py
+
+
+def constrained_row(variant: str, summaries: list[dict]) -> list[str]:
+    """Of runs of dynamics.py: feasibility, reductions, largest violation, cost."""
+    reports = [summary["report"] for summary in summaries]
+    row = [variant]
+    for key in ("feasible_on_validation", "feasible"):
+        row.append(f"{sum(report[key] for report in reports)}/{len(reports)}")
+    for key in ("reduction_percent", "unconstrained_reduction_percent"):
+        row.append(mean_error([report[key] for report in reports], 1))
+    largest = []
+    for report in reports:
+        largest.append(max(domain["violation"] for domain in report["constraints"].values()))
+    costs = [summary["cost"]["total"] for summary in summaries]
+    return [*row, mean_error(largest, 4), mean_error(costs, 2)]
+
+
+def interval_changes(folders: list[Path], labels: list[str], key: str) -> np.ndarray:
+    """ "predicted" or "observed" changes of these domains' loss over all intervals of some runs."""
+    changes = []
+    for folder in folders:
+        lines = records(folder)
+        for label in labels:
+            name = f"update/{label}/{key}"
+            changes += [line[name] for line in lines if name in line]
+    return np.array(changes)
+
+
+def linear_model(folders: list[Path], labels: list[str]) -> str:
+    """How well the changes of these domains' loss were predicted, in one line."""
+    predicted = interval_changes(folders, labels, "predicted")
+    observed = interval_changes(folders, labels, "observed")
+    right = np.mean(np.sign(predicted) == np.sign(observed))
+    correlation = np.corrcoef(predicted, observed)[0, 1]
+    sizes = [np.median(np.abs(changes)) for changes in (predicted, observed)]
+    return (
+        f"{len(predicted)} predictions, right sign {right:.0%}, correlation {correlation:.2f}, "
+        f"median size {sizes[0]:.4f} predicted, {sizes[1]:.4f} observed"
+    )
+
+
 # ---- tokenizers
 
 

@@ -65,6 +65,7 @@ def flags_for(page):
     README.md and docs/eval.md those of all scripts."""
     name = Path(page).stem + ".py"
     shared = ["common.py", "plots.py", "benchmarks/speed.py", "benchmarks/batches.py"]
+    shared.append("benchmarks/real.py")
     paths = [*shared, name, f"benchmarks/{name}"]
     if name in ("README.py", "eval.py", "reliability.py", "distributed.py"):
         paths = ["common.py", *SCRIPTS]
