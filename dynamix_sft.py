@@ -438,6 +438,21 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     return args
 
 
+# What each --sampling has no use for; a .json file is as uniform.
+RULE = {"beta", "gamma", "alpha", "prior", "init", "reward", "lookahead", "reward_on"}
+UNCERTAINTY = {"uncertainty", "mc_passes"}
+STATIC = RULE | UNCERTAINTY | {"actor_lr", "reward_batch_size", "update_every"}
+UNREAD = {"dynamix": UNCERTAINTY | {"actor_lr"}, "proportional": STATIC, "uniform": STATIC}
+UNREAD |= {"multidds": RULE | UNCERTAINTY, "multiuat": RULE}
+UNREAD |= {"hbo": RULE | UNCERTAINTY | {"reward_batch_size"}}
+
+
+def unread_flags(args: Namespace) -> list[str]:
+    """Those that were named and that --sampling does not read."""
+    name = "uniform" if args.sampling.endswith(".json") else args.sampling
+    return [flag for flag in args.given if flag in UNREAD.get(name, ())]
+
+
 def make_plan(sampler: Sampler, args: Namespace) -> dict[str, int]:
     """How long the run is -> {"steps", "steps_per_epoch"}; printed."""
     arms, total = sampler.arms, sum(map(len, sampler.arms.values()))
@@ -446,6 +461,9 @@ def make_plan(sampler: Sampler, args: Namespace) -> dict[str, int]:
     length = f"{steps} steps, {args.epochs or steps / per_epoch:.3g} epochs"
     counts = f"{total:,} examples of {len(arms)} datasets"
     print(f"train {length}; {common.batch_arithmetic(args)}; {counts}")
+    unread = [f"--{name}" for name in unread_flags(args)]
+    if unread:
+        print(f"mix   --sampling {args.sampling} does not use {', '.join(unread)}")
     updates = len(common.every(args.update_every if sampler.every else 0, steps))
     if args.sampling == "dynamix" and updates:
         print(f"mix   {updates} updates of {len(arms)} x {args.reward_batch_size} examples")

@@ -274,8 +274,6 @@ def read_cache(place: Path) -> tuple | None:
 def write_cache(place: Path, source: data.Source, recipe: Recipe) -> None:
     """Prepare a source into the folder `place`, which is there once it is whole. Raises
     UserError."""
-    for old in place.parent.glob(f"{place.name}.*.tmp"):  # of a process that was killed
-        shutil.rmtree(old, ignore_errors=True)
     new = place.with_name(f"{place.name}.{os.getpid()}.tmp")
     try:
         new.mkdir()
@@ -299,10 +297,13 @@ def alone(place: Path) -> Iterator[None]:
     """Inside, no other process prepares the same: it waits, then finds it done."""
     with open(f"{place}.lock", "ab") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("cache another process prepares the same data; waiting for it", flush=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("cache another process prepares the same data; waiting for it", flush=True)
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            for old in place.parent.glob(f"{place.name}.*.tmp"):  # of a process that was killed
+                shutil.rmtree(old, ignore_errors=True)
         except OSError:
             pass  # a file system without locks: both prepare, each in a folder of its own
         yield

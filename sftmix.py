@@ -652,8 +652,9 @@ def main(argv=None):
         perplexity = read_confidence(args.confidence, fingerprint, len(source))
         scored = np.flatnonzero(np.isfinite(perplexity).all(0))
     elif args.partition == "confidence" and not is_baseline(args):
-        own = examples, rows
-        known, scored = reference_examples(args, kept) if args.ref_model else own
+        known = examples
+        if args.ref_model:
+            known, scored = reference_examples(args, kept)
         reference = reference_stage(known, args)
     check_halves(np.intersect1d(scored, rows), source, args)
     model = common.load_start(args)

@@ -548,6 +548,29 @@ def test_updates_cost_and_distance(tmp_path, run, capsys, sampling):
     assert f"mix   2 updates of 3 datasets by {sampling}" in printed
 
 
+@pytest.mark.parametrize("sampling", [*dynamix_sft.UNREAD, "weights.json", "own"])
+def test_a_flag_that_a_sampler_does_not_read_is_said(arms, monkeypatch, capsys, sampling):
+    """A rule of one's own may read any."""
+    monkeypatch.setitem(dynamix_sft.SAMPLERS, "own", baselines.Uniform)
+    rule = ["--beta", "3", "--gamma", "0.1", "--alpha", "0.5", "--prior", "--init", "zero"]
+    rule += ["--reward", "loss", "--lookahead", "virtual", "--reward_on", "same"]
+    others = ["--uncertainty", "entropy", "--mc_passes", "2", "--actor_lr", "1e-3"]
+    others += ["--reward_batch_size", "2", "--update_every", "1"]
+    args = dynamix_sft.parse_args(["--sampling", sampling, *rule, *others, "--lr", "1e-3"])
+    flags = {flag[2:] for flag in [*rule, *others] if flag.startswith("--")}
+    read = {
+        "dynamix": flags - {"uncertainty", "mc_passes", "actor_lr"},
+        "multidds": {"actor_lr", "reward_batch_size", "update_every"},
+        "multiuat": {flag[2:] for flag in others if flag.startswith("--")},
+        "hbo": {"actor_lr", "update_every"},
+        "own": flags,
+    }.get(sampling, set())
+    assert set(dynamix_sft.unread_flags(args)) == flags - read
+    dynamix_sft.make_plan(baselines.Sampler(arms, args), args)
+    said = f"--sampling {sampling} does not use --" in capsys.readouterr().out
+    assert said == (read != flags)
+
+
 def test_methods_own_intervals():
     expected = {"dynamix": 50, "multidds": 1000, "multiuat": 1000, "hbo": 200}
     expected |= {"proportional": 0, "uniform": 0, "weights.json": 0}

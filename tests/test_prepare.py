@@ -370,6 +370,18 @@ def test_one_process_prepares_and_the_others_wait(recipe, file):
     assert output.endswith(" ".join(str(len(one[4])) for one in right) + "\n")
 
 
+def test_without_locks_nobody_removes_what_another_writes(recipe, file, monkeypatch):
+    def no_locks(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", no_locks)
+    key = prepare.cache_key(data.find_source(file, "topic", 0, "train"), recipe)
+    other = recipe.cache / f"{key}.1.tmp"
+    other.mkdir()
+    assert content(prepare.load([file], recipe)) == by_rows(file, recipe)
+    assert other.exists()
+
+
 def test_a_kill_while_it_is_written_costs_nothing(recipe, file):
     killed = prepare_process(file, recipe, 0.05)
     while not list(recipe.cache.glob("*.tmp/tokens.bin")):
