@@ -609,7 +609,8 @@ def cut(args: argparse.Namespace) -> None:
     """Write train.jsonl and test.jsonl, or with --source_column test-<value>.jsonl of each value.
     Rows are drawn at random without replacement, those of equal text never on both sides."""
     text = Path(args.rows).read_text(encoding="utf-8")
-    lines = sorted({line for line in text.split("\n") if line.strip()})
+    lines = {line for line in text.split("\n") if line.strip()}
+    lines = sorted(line for line in lines if len(line) <= args.characters)
     order = data.data_rng(0, "cut").permutation(len(lines))
     groups = {}
     for line in (lines[i] for i in order):
@@ -661,6 +662,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=96, help="of constraints")
     add("--lora_rank", type=int, default=32, help="of constraints")
     add("--rows", help="of cut: a JSON Lines file")
+    add("--characters", type=float, default=float("inf"), help="of cut: longer rows are left out")
     add("--train", type=int, default=256, help="of cut: training rows")
     add("--test", type=int, default=128, help="of cut: held-out rows, of each source")
     args, args.flags = parser.parse_known_args(argv)

@@ -312,7 +312,15 @@ def test_aliases_cover_the_papers():
     medical = {"medalpaca", "medical_flashcards", "pubmedqa", "medqa", "medmcqa"}
     reasoning = {"gsm8k", "numinamath", "code_feedback", "glaive"}
     general = {"fineweb", "wikipedia", "tinymmlu", "tinyhellaswag", "truthfulqa"}
-    assert chat | medical | reasoning | general <= set(data.ALIASES)
+    dynamics = {"autoif", "nemotron_safety", "bbq"}
+    assert chat | medical | reasoning | general | dynamics <= set(data.ALIASES)
+
+
+def test_rows_of_nemotron_safety():
+    """Its columns: a list of messages as input, the answer as text, a system prompt beside them."""
+    row = {"input": turns(("user", "u")), "output": "a", "system_prompt": "s", "category": "safety"}
+    (read,) = data.rows_from_record(row)
+    assert (read.messages, read.response) == ((("system", "s"), ("user", "u")), "a")
 
 
 def test_toy_tasks_are_disjoint_and_of_the_same_size_every_time():
