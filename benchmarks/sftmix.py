@@ -28,11 +28,12 @@ VARIANTS = {
 }
 
 
-def run_variants(folder: Path, seed: int, flags: list[str]) -> dict[str, Path]:
+def run_variants(folder: Path, names: list[str], seed: int, flags: list[str]) -> dict[str, Path]:
     """-> variant -> its run folder."""
     found = {}
-    for variant, own in VARIANTS.items():
-        given = [flag.format(folder=folder, seed=seed) for flag in f"{RECIPE} {own}".split()]
+    for variant in names:
+        given = f"{RECIPE} {VARIANTS[variant]}".split()
+        given = [flag.format(folder=folder, seed=seed) for flag in given]
         target = folder / f"{shared.slug(variant.lower())}-{seed}"
         found[variant] = shared.run(sftmix, target, "--seed", seed, *given, *flags)
     return found
@@ -42,16 +43,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = shared.argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output_dir", default="runs/bench-sftmix")
+    names = list(VARIANTS)
+    parser.add_argument("--variants", nargs="+", default=names, choices=names, metavar="NAME")
     args, flags = parser.parse_known_args(argv)
-    runs = [run_variants(Path(args.output_dir), seed, flags) for seed in range(args.seeds)]
+    folder, runs = Path(args.output_dir), []
+    for seed in range(args.seeds):
+        runs.append(run_variants(folder, args.variants, seed, flags))
     losses = {}
-    for variant in VARIANTS:
+    for variant in args.variants:
         losses[variant] = shared.eval_losses([found[variant] for found in runs])
     tasks = list(shared.summary(runs[0]["NTP"])["eval"])
     shared.print_losses(losses, tasks, args.seeds)
     pairs = [(variant, "NTP") for variant in losses if variant != "NTP"]
     for one, other in [*pairs, ("SFTMix", NO_MIXUP)]:
-        print(f"\n{shared.paired(losses, one, other, '+')}")
+        if one in losses and other in losses:
+            print(f"\n{shared.paired(losses, one, other, '+')}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -53,7 +54,8 @@ def run(script: ModuleType, folder: Path, *flags: object) -> Path:
         return folder
     resume = ["--resume"] if (folder / "config.json").exists() else []
     arguments = [str(flag) for flag in ["--output_dir", folder, *flags, *resume]]
-    print(f"{folder} ...", file=sys.stderr, flush=True)
+    command = shlex.join([f"{script.__name__}.py", *arguments])
+    print(f"+ python {command}  > {folder}.log", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a", encoding="utf-8") as log:
         try:
@@ -79,9 +81,11 @@ def records(folder: Path) -> list[dict]:
 
 
 def mean_error(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
-    """Mean ± standard error (nan for one value) as text; sign "+" shows a positive mean's too."""
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return f"{np.mean(values):{sign}.{digits}f} ± {error:.{digits}f}"
+    """Mean ± standard error as text; one value alone. sign "+" shows a positive mean's too."""
+    mean = f"{np.mean(values):{sign}.{digits}f}"
+    if len(values) < 2:
+        return mean
+    return f"{mean} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}"
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -99,12 +99,21 @@ def test_named_files_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_shown_figures_are_there(page):
+    """Pictures on a page are files of the repository, small ones."""
+    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", read(page)):
+        assert (ROOT / page).parent.joinpath(path).stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_named_figures_are_drawn(page):
     figures = re.findall(r"`(\w+)\.png`", read(page))
     assert not [name for name in figures if f"plot_{name}" not in names_in("plots.py")]
 
 
-JUDGES_FLAGS = {"--first-n", "--reference_outputs", "--fn_metric", "--sort_by"}
+# of FastChat and alpaca_eval, pip, run.sh
+OTHER_FLAGS = {"--first-n", "--reference_outputs", "--fn_metric", "--sort_by"}
+OTHER_FLAGS |= {"--index-url", "--list"}
 MORE_PAGES = ["docs/eval.md", "docs/reliability.md", "docs/distributed.md", "docs/performance.md"]
 
 
@@ -114,4 +123,22 @@ def test_flags_exist(page):
     text = re.sub(others + r"|lm_eval run --[^`\n]*", "", read(page))  # flags of other programs
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert named
-    assert not sorted(named - flags_for(page) - JUDGES_FLAGS)
+    assert not sorted(named - flags_for(page) - OTHER_FLAGS)
+
+
+def test_github_runs_the_readmes_test_command():
+    """The workflow takes the command out of README as .ci/run does."""
+    cut = "command=$(sed -n '/^<!-- test command -->$/,/^```$/p' README.md | grep -v "
+    for path in (".github/workflows/tests.yml", ".ci/run"):
+        assert cut in read(path) and 'bash -euc "$command"' in read(path)
+
+
+def test_citations_agree():
+    """CITATION.cff and README's BibTeX name the same papers and authors."""
+    readme = read("README.md").replace("{\\'e}", "é").replace("{", "").replace("}", "")
+    for title in re.findall(r'^    title: "([^"]+)"', read("CITATION.cff"), re.M):
+        assert title in readme
+    authors = re.findall(r"family-names: (\w+), given-names: (\w+)", read("CITATION.cff"))
+    assert len(authors) == 18
+    for family, given in authors:
+        assert f"{family}, {given}" in readme
