@@ -1551,10 +1551,11 @@ def encode(
 
 
 def encode_datasets(
-    sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False
+    sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False, split: str = "train"
 ) -> list[Examples]:
     """encode() over datasets -> Examples of each; adds what was left out or cut to each
-    Dataset's left_out, and prints it. Raises UserError where a dataset keeps nothing."""
+    Dataset's left_out, and prints it. split: "train" or "eval", what they are for. Raises UserError
+    where a dataset keeps nothing."""
     result = []
     for k, dataset in enumerate(sets):
         progress = "" if quiet else dataset.label
@@ -1562,7 +1563,7 @@ def encode_datasets(
         dataset.left_out = dict(Counter(dataset.left_out) + Counter(found))
         if not quiet:
             tokens = sum(example.response_length for example in examples)
-            print(summary(dataset, len(examples), tokens))
+            print(summary(dataset, split, len(examples), tokens))
         if not examples:
             problem = f"no example is left at --max_length {max_length}; {dataset.left_out}"
             raise UserError(f"dataset {dataset.label!r}: {problem}")
@@ -1570,10 +1571,10 @@ def encode_datasets(
     return result
 
 
-def summary(dataset: Dataset, examples: int, tokens: int) -> str:
-    """A line about a dataset, for the terminal."""
+def summary(dataset: Dataset, split: str, examples: int, tokens: int) -> str:
+    """A line about a dataset, for the terminal. split: "train" or "eval", what it is for."""
     counts = f"{examples:,} examples, {tokens:,} response tokens"
-    return f"data  {dataset.label}: {counts}{notes(dataset)}"
+    return f"data  {split:<5} {dataset.label}: {counts}{notes(dataset)}"
 
 
 def notes(dataset: Dataset) -> str:

@@ -836,7 +836,7 @@ def make_domain(dataset: data.Dataset, args: Namespace, tokenizer) -> Domain:
     kept = [len(side.sizes or side.examples) for side in (validation, test)]
     unit, what = ("questions", "1 - accuracy") if metric == "error" else ("examples", "mean NLL")
     counts = f"{kept[0]:,} validation and {kept[1]:,} test {unit}"
-    print(f"data  {role} {label}: {counts}, {what}{data.notes(dataset)}")
+    print(f"data  eval  {label}: {role}, {counts}, {what}{data.notes(dataset)}")
     return Domain(label, role, metric, validation, test, list_rows(dataset, parts[1], test))
 
 
