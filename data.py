@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -773,16 +774,22 @@ def folder_files(folder: Path, split: str, above: tuple = ()) -> list[Path]:
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """No warnings of the hub's libraries inside (each try of a request is one): what is wrong is
-    one line of ours."""
+    one line of ours. No progress bars of theirs, where they are imported by now."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
+    imported = [sys.modules.get(name) for name in ("huggingface_hub.utils", "datasets")]
+    shown = [lib for lib in imported if lib and not lib.are_progress_bars_disabled()]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    for library in shown:
+        library.disable_progress_bars()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+        for library in shown:
+            library.enable_progress_bars()
 
 
 @contextlib.contextmanager
