@@ -697,12 +697,36 @@ def evaluator(eval_sets: dict, args: Namespace) -> Callable:
     return functools.partial(evaluate, eval_sets=eval_sets, **how)
 
 
+def evaluate_before(model, eval_sets: dict, args: Namespace, run: Run) -> dict:
+    """evaluate() before training, logged as step 0 and printed; of a resumed run what it had logged
+    then."""
+    result = run.logged("eval", 0)
+    if not result:
+        result = evaluate_and_log(model, eval_sets, 0, args, run)
+        print_evaluation(result)
+    return result
+
+
 def print_evaluation(result: dict) -> None:
     """A table of evaluate()'s numbers."""
     width = max(map(len, result), default=0)
     for label, row in result.items():
         numbers = "  ".join(f"{key} {row[key]:.4f}" for key in ("nll", "ppl", "accuracy"))
         print(f"eval  {label:<{width}}  {numbers}  ({row['tokens']:,} tokens)")
+
+
+def print_changes(before: dict, after: dict) -> None:
+    """A table of evaluate()'s loss before and after training, and of the error where right answers
+    are chosen. Nothing where there is no set."""
+    width = max(map(len, after), default=0)
+    if after:
+        print("eval  before training -> final/")
+    for label, row in after.items():
+        pairs = [("loss", before[label]["nll"], row["nll"])]
+        if "choice_accuracy" in row:
+            pairs.append(("error", before[label]["loss"], row["loss"]))
+        cells = [f"{name} {old:.4f} -> {new:.4f} ({new - old:+.4f})" for name, old, new in pairs]
+        print(f"eval  {label:<{width}}  {'  '.join(cells)}")
 
 
 # ---- Optimisation --------------------------------------------------------------------------------
@@ -824,6 +848,17 @@ def save_final(model, tokenizer, measure: Callable, step: int, run: Run, part: s
     if result:
         run.log(step, flat(part, result))
     return result
+
+
+def end_run(run: Run, before: dict, after: dict, summary: dict, draw: Callable) -> None:
+    """What every run ends with: figures, evaluation sets before and after, summary.json.
+    draw(folder) -> paths of the figures."""
+    with run.timer("figures"):
+        figures = [] if ranks.rank() else draw(run.folder)
+    print_changes(before, after)
+    if figures:
+        print(f"figures {', '.join(path.name for path in figures)}")
+    run.finish({**summary, "eval": after, "eval_before": before})
 
 
 def data_config(training: list, evaluation: list, examples: Examples) -> dict:

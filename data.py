@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -776,16 +777,22 @@ def folder_files(folder: Path, split: str, above: tuple = ()) -> list[Path]:
 @contextlib.contextmanager
 def quiet_hub() -> Iterator[None]:
     """No warnings of the hub's libraries inside (each try of a request is one): what is wrong is
-    one line of ours."""
+    one line of ours. No progress bars of theirs, where they are imported by now."""
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
+    imported = [sys.modules.get(name) for name in ("huggingface_hub.utils", "datasets")]
+    shown = [lib for lib in imported if lib and not lib.are_progress_bars_disabled()]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    for library in shown:
+        library.disable_progress_bars()
     try:
         yield
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
+        for library in shown:
+            library.enable_progress_bars()
 
 
 @contextlib.contextmanager
@@ -1554,10 +1561,11 @@ def encode(
 
 
 def encode_datasets(
-    sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False
+    sets: list[Dataset], tokenizer, max_length: int, quiet: bool = False, split: str = "train"
 ) -> list[Examples]:
     """encode() over datasets -> Examples of each; adds what was left out or cut to each
-    Dataset's left_out, and prints it. Raises UserError where a dataset keeps nothing."""
+    Dataset's left_out, and prints it. split: "train" or "eval", what they are for. Raises UserError
+    where a dataset keeps nothing."""
     result = []
     for k, dataset in enumerate(sets):
         progress = "" if quiet else dataset.label
@@ -1565,7 +1573,7 @@ def encode_datasets(
         dataset.left_out = dict(Counter(dataset.left_out) + Counter(found))
         if not quiet:
             tokens = sum(example.response_length for example in examples)
-            print(summary(dataset, len(examples), tokens))
+            print(summary(dataset, split, len(examples), tokens))
         if not examples:
             problem = f"no example is left at --max_length {max_length}; {dataset.left_out}"
             raise UserError(f"dataset {dataset.label!r}: {problem}")
@@ -1573,10 +1581,10 @@ def encode_datasets(
     return result
 
 
-def summary(dataset: Dataset, examples: int, tokens: int) -> str:
-    """A line about a dataset, for the terminal."""
+def summary(dataset: Dataset, split: str, examples: int, tokens: int) -> str:
+    """A line about a dataset, for the terminal. split: "train" or "eval", what it is for."""
     counts = f"{examples:,} examples, {tokens:,} response tokens"
-    return f"data  {dataset.label}: {counts}{notes(dataset)}"
+    return f"data  {split:<5} {dataset.label}: {counts}{notes(dataset)}"
 
 
 def notes(dataset: Dataset) -> str:

@@ -663,13 +663,10 @@ def final_report(domains: list[Domain], before: dict, after: dict, rules: dict, 
 
 
 def print_report(report: dict, cost: dict) -> None:
-    for role in ("targets", "constraints"):
-        for label, row in report[role].items():
-            line = f"{row['metric']} {row['before']:.4f} -> {row['after']:.4f}"
-            if role == "constraints":
-                verdict = f"fails by {row['violation']:.4f}" if row["violation"] else "holds"
-                line += f", level {row['reference']:.4f}: {verdict}"
-            print(f"test  {role[:-1]} {label}: {line}")
+    for label, row in report["constraints"].items():
+        line = f"{row['metric']} {row['after']:.4f}, level {row['reference']:.4f}"
+        verdict = f"fails by {row['violation']:.4f}" if row["violation"] else "holds"
+        print(f"test  constraint {label}: {line}: {verdict}")
     where = "no checkpoint was feasible on validation rows, final/ is the last"
     if report["step"] is not None:
         where = f"checkpoint of step {report['step']}"
@@ -836,7 +833,7 @@ def make_domain(dataset: data.Dataset, args: Namespace, tokenizer) -> Domain:
     kept = [len(side.sizes or side.examples) for side in (validation, test)]
     unit, what = ("questions", "1 - accuracy") if metric == "error" else ("examples", "mean NLL")
     counts = f"{kept[0]:,} validation and {kept[1]:,} test {unit}"
-    print(f"data  {role} {label}: {counts}, {what}{data.notes(dataset)}")
+    print(f"data  eval  {label}: {role}, {counts}, {what}{data.notes(dataset)}")
     return Domain(label, role, metric, validation, test, list_rows(dataset, parts[1], test))
 
 
@@ -910,6 +907,7 @@ def measure_before(model, problem: Problem, rules: dict, args: Namespace, run) -
             problem.before = validation_losses(model, problem.domains, args)
         with run.timer("test"):
             problem.test = report_test(model, problem.domains, args)
+        common.print_evaluation(problem.test)
     problem.reference = reference_levels(problem.domains, problem.before, rules)
     if not run.state:
         decided = [domain.label for domain in problem.decided]
@@ -958,15 +956,11 @@ def main(argv=None):
         load_best(model, run.folder / "best")
     measure = partial(report_test, domains=problem.domains, args=args)
     after = common.save_final(model, tokenizer, measure, counts["steps"], run, "test")
-    if ranks.rank() == 0:
-        with run.timer("figures"):
-            plots.draw(run.folder)
     cost = run.cost("probe", "eval")
     report = final_report(problem.domains, problem.test, after, rules, best)
-    common.print_evaluation(after)
     print_report(report, cost)
-    summary = {**counts, "eval": after, "eval_before": problem.test, "report": report, "cost": cost}
-    run.finish({**summary, "validation": summarise(problem, best)})
+    summary = {**counts, "report": report, "cost": cost, "validation": summarise(problem, best)}
+    common.end_run(run, problem.test, after, summary, plots.draw)
 
 
 if __name__ == "__main__":

@@ -516,20 +516,16 @@ def main(argv=None):
     if args.show_batch:
         data.show_examples(examples, tokenizer)
     plan = make_plan(sampler, args)
-    if not run.state:
-        common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
+    before = common.evaluate_before(model, eval_sets, args, run)
     counts, rows = train(model, sampler, eval_sets, plan, args, run)
     measure = common.evaluator(eval_sets, args)
-    result = common.save_final(model, tokenizer, measure, counts["steps"], run)
-    common.print_evaluation(result)
+    after = common.save_final(model, tokenizer, measure, counts["steps"], run)
     print_mixture(rows)
     distance = distances(sampler)
     cost = run.cost("reward")
     print(f"cost  {cost['total']:.3f}x static sampling: training 1 + rewards {cost['reward']:.3f}")
-    if ranks.rank() == 0:
-        with run.timer("figures"):
-            plots.draw(run.folder)
-    run.finish({**counts, "eval": result, "mixture": rows, "cost": cost, "distance": distance})
+    summary = {**counts, "mixture": rows, "cost": cost, "distance": distance}
+    common.end_run(run, before, after, summary, plots.draw)
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def run_domain(model: Model, task: Task, store: Predictions, args: Namespace) ->
     lm, tokenizer = model.load()[0], model.template("auto")
     length = min(model.max_length or 2048, common.max_positions(lm))
     rows = [data.Dataset(task.name, task.rows)]
-    encoded = data.encode_datasets(rows, tokenizer, length)[0]
+    encoded = data.encode_datasets(rows, tokenizer, length, split="eval")[0]
     examples = {example.row: example for example in encoded}
     indices = list(range(len(task.rows)))
     keys = [line_key(i) for i in indices]

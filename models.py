@@ -99,6 +99,11 @@ def find_model(name: str) -> tuple[str, dict]:
     return str(files[0].parent), {"gguf_file": files[0].name}
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is neither a path here nor one that only these scripts know."""
+    return name not in ("", "tiny") and not Path(name).exists()
+
+
 def lasting_name(name: str) -> str:
     """A model's name as it holds in any working directory: paths are absolute."""
     return os.path.abspath(name) if name != "tiny" and Path(name).exists() else name
@@ -152,16 +157,27 @@ def quiet_transformers() -> Iterator[None]:
     ours."""
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings(), quiet_hub():
+        with warnings.catch_warnings(), quiet_hub(), no_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.set_verbosity(level)
-        if bars:
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """No progress bars of transformers inside."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
             logging.enable_progress_bar()
 
 

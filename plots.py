@@ -72,9 +72,14 @@ def confident_half(confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_bins(values: np.ndarray) -> np.ndarray:
-    """Edges of bins of equal width in log(values), values (N,) > 0: few rows get few bins."""
-    count = min(len(np.histogram_bin_edges(np.log(values), "auto")) - 1, MOST_BINS)
-    edges = np.histogram_bin_edges(np.log(values), count)
+    """Edges of bins of equal width in log(values), values (N,) > 0: few rows get few bins. What is
+    farther from the central 90 % than half their range lies outside, else a single row could put
+    all others into one bin."""
+    logs = np.log(values)
+    low, high = np.quantile(logs, [0.05, 0.95], method="inverted_cdf")
+    logs = logs.clip(low - (high - low) / 2, high + (high - low) / 2)
+    count = min(len(np.histogram_bin_edges(logs, "auto")) - 1, MOST_BINS)
+    edges = np.histogram_bin_edges(logs, count)
     return np.exp(edges + np.linspace(-1e-3, 1e-3, len(edges)))  # rounding must lose no row
 
 
@@ -142,14 +147,17 @@ def plot_confidence(figure: Figure, folder: Path, config: dict, records: list) -
     perplexity = -np.array([row["confidence"] for row in rows])
     source = np.array([row["source"] for row in rows])
     names, bins = dict.fromkeys(source.tolist()), log_bins(perplexity)
+    shown = perplexity.clip(bins[0], bins[-1])
+    beyond = np.sum(shown != perplexity)
     [axis] = panels(figure, title="Confidence by source", xscale="log")
     for name, color in zip(names, colors(len(names))):
-        values = perplexity[source == name]
+        values = shown[source == name]
         style = {"histtype": "step", "color": color, "label": f"{short(name)} ({len(values):,})"}
         axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), **style)
     axis.axvline(np.median(perplexity), color="black", ls="--", label="median: Dᶜ left, Dᵘ right")
     plain_ticks(axis.xaxis)
-    axis.set_xlabel("mean perplexity over the reference's checkpoints (= −confidence)")
+    note = f"\nfarther out, counted in the first and last bin: {beyond:,} rows" if beyond else ""
+    axis.set_xlabel(f"mean perplexity over the reference's checkpoints (= −confidence){note}")
     axis.set_ylabel("share of the source's rows")
 
 

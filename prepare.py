@@ -341,7 +341,8 @@ def load(specs: Sequence[str], recipe: Recipe, quiet: bool = False) -> list[Prep
             examples = Examples([tokens], own)
             result.append(Prepared(source.name(one["group"]), examples, rows, *counts))
             if not quiet:
-                print(data.summary(result[-1], len(examples), examples.response_lengths.sum()))
+                counts = len(examples), examples.response_lengths.sum()
+                print(data.summary(result[-1], recipe.split, *counts))
     data.check_labels([dataset.label for dataset in result])
     if kept and not quiet:
         files = [file for file in recipe.cache.rglob("*") if file.is_file()]

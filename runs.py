@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import ranks
 from data import UserError, sha256
-from models import cast, causal_lm, lasting_name, model_fingerprint, trainable
+from models import cast, causal_lm, is_hub_id, lasting_name, model_fingerprint, no_bars, trainable
 
 
 # ---- How a command ends --------------------------------------------------------------------------
@@ -52,9 +52,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _stop = Namespace(waits=False, number=None, advice="nothing was written")
 
 
+NEWS = r"(peft|transformers)\b"  # modules whose FutureWarnings only a programmer can follow
+
+
 def command_line(main: Callable) -> Callable:
     """Decorator of `main(argv=None)`: what the user, a signal or the machine is the cause of ends
-    in one line on stderr. Exit status 2, and 128 + its number after a signal."""
+    in one line on stderr. Exit status 2, and 128 + its number after a signal. What PEFT and
+    transformers say of their own future versions is not shown: it is for who writes the code."""
     return functools.wraps(main)(functools.partial(_run_command, main))
 
 
@@ -62,7 +66,9 @@ def _run_command(main: Callable, argv: list[str] | None = None):
     handlers = _handle(_on_signal)
     try:
         ranks.join()
-        result = main(argv)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module=NEWS)
+            result = main(argv)
         ranks.leave()
         return result
     except UserError as error:
@@ -739,6 +745,17 @@ class Run:
         if _stop.number:
             raise Stopped(_stop.number, f"checkpoint of step {done} in {self.folder}; ")
 
+    def logged(self, prefix: str, step: int) -> dict[str, dict]:
+        """What a resumed run had logged at a step under prefix/label/key -> {label: {key: value}};
+        {} where there is none."""
+        rows = {}
+        for record in self._kept:
+            for key, value in record.items() if record["step"] == step else ():
+                if key.startswith(f"{prefix}/"):
+                    label, name = key.removeprefix(f"{prefix}/").rsplit("/", 1)
+                    rows.setdefault(label, {})[name] = value
+        return rows
+
     def cost(self, *parts: str) -> dict[str, float]:
         """Seconds of these parts as multiples of the training's; total: with training itself."""
         result = {part: self.time.get(part, 0.0) / self.time["train"] for part in parts}
@@ -758,7 +775,10 @@ class Run:
         lm.config.use_cache = True  # as it came: users generate with what we save
         generation, ends = lm.generation_config, data.end_tokens(tokenizer)
         lm.generation_config = type(generation)()  # transformers 5.0 refuses a hub model's own
-        model.save_pretrained(temporary, **own)
+        with no_bars():
+            model.save_pretrained(temporary, **own)
+        if not all(map(is_hub_id, (lm.name_or_path, lm.config.name_or_path))):
+            (temporary / "README.md").unlink(missing_ok=True)  # PEFT's card would name the path
         lm.config.use_cache, lm.generation_config = False, generation
         generation = generation.to_diff_dict()
         generation.pop("_from_model_config", None)  # else config.json could take its place

@@ -674,16 +674,11 @@ def main(argv=None):
         del model
         model = common.load_trainable(args.model, args)[0]  # a fresh instance of the target
     target = target_stage(examples, rows, source, perplexity, args)
-    if not step_1_is_over:
-        common.print_evaluation(common.evaluate_and_log(model, eval_sets, 0, args, run))
+    before = common.evaluate_before(model, eval_sets, args, run)
     counts, _ = train(model, target, args, run, eval_sets)
     measure = common.evaluator(eval_sets, args)
-    result = common.save_final(model, tokenizer, measure, counts["steps"], run)
-    common.print_evaluation(result)
-    if ranks.rank() == 0:
-        with run.timer("figures"):
-            plots.draw(run.folder)
-    run.finish({**counts, "eval": result})
+    after = common.save_final(model, tokenizer, measure, counts["steps"], run)
+    common.end_run(run, before, after, counts, plots.draw)
 
 
 if __name__ == "__main__":

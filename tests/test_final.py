@@ -20,6 +20,7 @@ import data
 import dynamics
 import dynamix_sft
 import eval as evaluation
+import models
 import sftmix
 
 CPU = torch.device("cpu")
@@ -192,6 +193,43 @@ def test_training_on_an_adapter(base, second, tmp_path, model_folder, monkeypatc
         assert not (run / "final" / "adapter_config.json").exists()
         plain = transformers.AutoModelForCausalLM.from_pretrained(run / "final")
         assert names(run / "final") == set(plain.state_dict()) - set(plain.all_tied_weights_keys)
+
+
+def test_an_adapter_names_no_path_to_its_readers(tmp_path, model_folder):
+    """The card that PEFT writes is for the hub; of a base that is there only here it names a path.
+    What loading needs keeps it."""
+    base = copy_of(model_folder("llama"), tmp_path / "base")
+    run = train(tmp_path / "run", base, "--lora_rank 2", "dynamics")
+    again = train(tmp_path / "again", run / "final", "--lora_rank 2")
+    tiny = train(tmp_path / "tiny", "tiny", "--lora_rank 2")
+    needed = {"adapter_config.json", "cleansft.json"}
+    for folder in (run / "best", run / "final", again / "final", tiny / "final"):
+        assert (folder / "adapter_model.safetensors").exists()
+        for file in set(folder.iterdir()) - {folder / name for name in needed}:
+            assert str(tmp_path).encode() not in file.read_bytes(), file
+        assert not (folder / "README.md").exists()
+    config = read_json(run / "final" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == base
+
+
+@pytest.mark.parametrize("other", ["", "name_or_path", "config"])
+def test_the_card_of_a_base_on_the_hub_stays(other, tmp_path, model_folder):
+    """other: what of the base's names is a path, as where its own base is one."""
+    args = sftmix.parse_args(f"--lora_rank 2 --output_dir {tmp_path / 'run'}".split())
+    args.template_date, names = None, {"name_or_path": "org/base", "config": "org/base"}
+    model, tokenizer = common.load_model(model_folder("llama"), CPU)
+    names |= {other: model_folder("llama")} if other else {}
+    model.name_or_path, model.config.name_or_path = names["name_or_path"], names["config"]
+    run = common.Run("sftmix", args)
+    run.open()
+    adapted = models.add_adapter(model, args)
+    run.save_model(adapted, data.with_template(tokenizer, "plain"))
+    card = run.folder / "final" / "README.md"
+    assert card.exists() == (not other)
+    if not other:
+        assert "base_model: org/base" in card.read_text(encoding="utf-8")
+    config = read_json(run.folder / "final" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == names["name_or_path"]
 
 
 def test_the_base_of_an_adapter_is_found(tmp_path, monkeypatch):

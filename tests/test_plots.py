@@ -382,17 +382,55 @@ def test_confident_half():
     assert upper.tolist() == [0, 1] and lower.tolist() == [2, 3]
 
 
-@pytest.mark.parametrize(("rows", "bins"), [(1, 1), (2, 2), (20, 6), (5000, 45), (100_000, 50)])
+@pytest.mark.parametrize(("rows", "bins"), [(1, 1), (2, 2), (20, 6), (5000, 41), (100_000, 50)])
 def test_bins_fit_the_rows(rows, bins):
     values = np.exp(np.random.default_rng(0).normal(2, 0.5, rows))
     edges = plots.log_bins(values)
-    assert len(edges) == bins + 1 and np.histogram(values, edges)[0].sum() == rows
+    assert len(edges) == bins + 1
+    inside = np.histogram(values, edges)[0].sum()
+    assert 0.997 * rows <= inside <= rows and (inside == rows or rows > 1000)
+    assert np.ptp(np.diff(np.log(edges))) < 1e-3  # equal widths
 
 
-def test_bins_of_equal_values_and_of_an_outlier():
-    assert np.histogram(np.full(9, 3.0), plots.log_bins(np.full(9, 3.0)))[0].tolist() == [9]
-    values = np.append(np.full(5000, 3.0), 1e6)
-    assert len(plots.log_bins(values)) <= plots.MOST_BINS + 1
+def test_bins_of_equal_values():
+    for rows in (1, 20, 5000):
+        for value in (1.0, 3.0):
+            edges = plots.log_bins(np.full(rows, value))
+            assert np.histogram(np.full(rows, value), edges)[0].tolist() == [rows]
+
+
+@pytest.mark.parametrize("rows", [20, 200, 5000])
+def test_a_row_far_off_does_not_widen_the_bins(rows):
+    """The others lie in as many bins as without it, or nearly."""
+    values = np.exp(np.random.default_rng(0).normal(2, 0.5, rows))
+    counts, far = np.histogram(values, plots.log_bins(values))[0], np.append(values, 1e9)
+    edges = plots.log_bins(far)
+    filled = np.count_nonzero(np.histogram(values, edges)[0])
+    assert filled >= 0.8 * np.count_nonzero(counts) and edges[-1] < 10 * values.max()
+
+
+def test_a_tenth_of_the_rows_is_no_row_far_off():
+    """Most are learned by heart, the others are spread: all are inside."""
+    values = np.append(np.full(900, 1.0), np.linspace(2, 20, 100))
+    assert np.histogram(values, plots.log_bins(values))[0].sum() == 1000
+
+
+def test_the_confidence_figure_counts_every_row(tmp_path):
+    """The bars of each source add up to 1; how many lie farther out is said."""
+    for name, far in (("near", 0), ("far", 2)):
+        folder = sftmix_run(tmp_path / name, rows=60)
+        manifest, *rows = plots.read(folder / "confidence.jsonl")
+        for row, value in zip(rows[:far], (1e6, 1e7)):
+            row["confidence"] = -value
+        text = "".join(json.dumps(line) + "\n" for line in [manifest, *rows])
+        (folder / "confidence.jsonl").write_text(text, encoding="utf-8")
+        [axis] = axes_of(plots.plot_confidence, folder)
+        edges = plots.log_bins(np.array([-row["confidence"] for row in rows]))
+        for patch in axis.patches:  # the outline goes up and down at every edge
+            heights = patch.get_xy()[1:-1:2, 1]
+            assert len(heights) == len(edges) - 1 and heights.sum() == pytest.approx(1)
+        said = axis.get_xlabel().partition("\n")[2]
+        assert said == ("farther out, counted in the first and last bin: 2 rows" if far else "")
 
 
 def test_coverage():
