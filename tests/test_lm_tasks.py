@@ -1,6 +1,7 @@
 """Multiple choice by lm-eval's definitions over local rows: columns, prompts, shots, numbers."""
 
 import json
+import runpy
 from pathlib import Path
 
 import datasets
@@ -342,3 +343,18 @@ def test_the_hubs_rows_go_by_lm_evals_own_splits(tmp_path, monkeypatch, capsys):
             *shots, question = row["prompt"].split("\n\n")
             assert not any(question.removesuffix("A:") in shot for shot in shots)
             assert (name == "medmcqa") == ("Question: T Which" in row["prompt"])
+
+
+def test_a_definitions_digest_is_of_its_text(tmp_path):
+    """lm-eval leaves a filter's function as it is: where it lies in memory is no part of it."""
+
+    def version(source):
+        path = tmp_path / f"utils{len(list(tmp_path.iterdir()))}.py"
+        path.write_text(source)
+        own = runpy.run_path(str(path))["build"]
+        config = {"task": "t", "filter_list": [{"filter": [{"filter_fn": own}]}]}
+        return evaluation.definition_version({"configs": {"t": config}, "versions": {"t": 1}}, "t")
+
+    source = "def build(resps, docs):\n    return resps\n"
+    assert version(source) == version(source)
+    assert version(source) != version(source.replace("return resps", "return docs"))
