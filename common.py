@@ -850,14 +850,19 @@ def save_final(model, tokenizer, measure: Callable, step: int, run: Run, part: s
     return result
 
 
+def print_figures(paths: list[Path]) -> None:
+    """The names of the figures that were drawn, if any."""
+    if paths:
+        print(f"figures {', '.join(path.name for path in paths)}")
+
+
 def end_run(run: Run, before: dict, after: dict, summary: dict, draw: Callable) -> None:
     """What every run ends with: figures, evaluation sets before and after, summary.json.
     draw(folder) -> paths of the figures."""
     with run.timer("figures"):
         figures = [] if ranks.rank() else draw(run.folder)
     print_changes(before, after)
-    if figures:
-        print(f"figures {', '.join(path.name for path in figures)}")
+    print_figures(figures)
     run.finish({**summary, "eval": after, "eval_before": before})
 
 

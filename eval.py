@@ -772,7 +772,7 @@ def main(argv: list[str] | None = None) -> None:
     print_table(results, names[0])
     warn_of_versions(results)
     if len(models) > 1:
-        plots.draw(folder)
+        common.print_figures(plots.draw(folder))
     print(f"done  {path}")
 
 

@@ -76,7 +76,7 @@ def log_bins(values: np.ndarray) -> np.ndarray:
     farther from the central 90 % than half their range lies outside, else a single row could put
     all others into one bin."""
     logs = np.log(values)
-    low, high = np.quantile(logs, [0.05, 0.95], method="inverted_cdf")
+    low, high = np.quantile(logs, [0.05, 0.95])
     logs = logs.clip(low - (high - low) / 2, high + (high - low) / 2)
     count = min(len(np.histogram_bin_edges(logs, "auto")) - 1, MOST_BINS)
     edges = np.histogram_bin_edges(logs, count)
@@ -156,7 +156,7 @@ def plot_confidence(figure: Figure, folder: Path, config: dict, records: list) -
         axis.hist(values, bins, weights=np.full(len(values), 1 / len(values)), **style)
     axis.axvline(np.median(perplexity), color="black", ls="--", label="median: Dᶜ left, Dᵘ right")
     plain_ticks(axis.xaxis)
-    note = f"\nfarther out, counted in the first and last bin: {beyond:,} rows" if beyond else ""
+    note = f"\nrows farther out, counted in the first and last bin: {beyond:,}" if beyond else ""
     axis.set_xlabel(f"mean perplexity over the reference's checkpoints (= −confidence){note}")
     axis.set_ylabel("share of the source's rows")
 

@@ -212,6 +212,14 @@ def test_an_adapter_names_no_path_to_its_readers(tmp_path, model_folder):
     assert config["base_model_name_or_path"] == base
 
 
+def test_hub_ids(tmp_path, monkeypatch):
+    """Whether the hub would know the name: no path, and not one of ours."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    names = ("", "tiny", "org/here", str(tmp_path), "org/base", "gpt2")
+    assert [name for name in names if models.is_hub_id(name)] == ["org/base", "gpt2"]
+
+
 @pytest.mark.parametrize("other", ["", "name_or_path", "config"])
 def test_the_card_of_a_base_on_the_hub_stays(other, tmp_path, model_folder):
     """other: what of the base's names is a path, as where its own base is one."""

@@ -430,7 +430,7 @@ def test_the_confidence_figure_counts_every_row(tmp_path):
             heights = patch.get_xy()[1:-1:2, 1]
             assert len(heights) == len(edges) - 1 and heights.sum() == pytest.approx(1)
         said = axis.get_xlabel().partition("\n")[2]
-        assert said == ("farther out, counted in the first and last bin: 2 rows" if far else "")
+        assert said == ("rows farther out, counted in the first and last bin: 2" if far else "")
 
 
 def test_coverage():

@@ -175,6 +175,17 @@ def test_the_figures_are_named(finished, script):
     assert set(names.split(", ")) == there and len(names.split(", ")) == len(there) > 2
 
 
+def test_eval_py_names_its_figure(tmp_path, model_folder, capsys):
+    """There is one where models are compared."""
+    models = ["tiny", model_folder("llama")]
+    for count, named in ((1, []), (2, ["figures results.png"])):
+        flags = ["--eval_data", "toy/copy#9", "--output_dir", str(tmp_path / f"eval{count}")]
+        evaluation.main(["--model", *models[:count], *flags])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("figures")] == named
+        assert (tmp_path / f"eval{count}" / "results.png").exists() == bool(named)
+
+
 def test_no_figure_is_named_where_none_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "FIGURES", {**plots.FIGURES, "sftmix": ()})
     flags = ["--model", "tiny", "--data", "toy/copy#9", "--mu", "0"]
