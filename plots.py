@@ -315,7 +315,8 @@ def plot_prediction(figure: Figure, folder: Path, config: dict, records: list) -
         name = f"{domain['role']} {short(label)}"
         axis.scatter(predicted, observed, s=22, alpha=0.8, linewidths=0, label=name, **style)
     values = np.abs(values)[np.isfinite(values)]
-    end, linear = 1.3 * max(values.max(), 1e-6), max(np.median(values), 1e-6)
+    end = 1.3 * max(values.max(), 1e-6)
+    linear = 10 ** np.round(np.log10(max(np.median(values), 1e-6)))  # a tick: no label beside 0's
     axis.plot([-end, end], [-end, end], color="black", linewidth=0.8, linestyle="--")
     axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
