@@ -46,9 +46,15 @@ TESTS = {
         "tests/test_common.py",
         "tests/test_sftmix.py",
         "tests/test_final.py",
+        "tests/test_terminal.py",
         "tests/test_baselines.py",
     ],
-    "runs.py": ["tests/test_common.py", "tests/test_final.py", "tests/test_flags_shared.py"],
+    "runs.py": [
+        "tests/test_common.py",
+        "tests/test_terminal.py",
+        "tests/test_final.py",
+        "tests/test_flags_shared.py",
+    ],
     "models.py": ["tests/test_final.py", "tests/test_common.py", "tests/test_flags_shared.py"],
     "data.py": [
         "tests/test_reading.py",
@@ -888,6 +894,10 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ("cast(trainable(model) if dtype else (), dtype)", "pass"),
         ("] = ends if len(ends) > 1 else ends[0]", "] = ends[-1]"),
         ('"track", "show_batch", "save_dtype"', '"track", "show_batch"'),
+        ('if record["step"] == step else ()', ""),
+        ("with no_bars():", "with contextlib.nullcontext():"),
+        ("(lm.name_or_path, lm.config.name_or_path)", "(lm.name_or_path,)"),
+        ('"ignore", category=FutureWarning, module=NEWS', '"ignore", module=NEWS'),
     ],
     "common.py": [
         ("return weights / weights.sum()", "return np.full(len(weights), 1 / len(weights))"),
@@ -1002,6 +1012,9 @@ MUTANTS: dict[str, list[tuple[str, str]]] = {
         ),
         ("if not abs(moved) <= ROUNDING", "if abs(moved) > ROUNDING"),
         ("ROUNDING = 0.002", "ROUNDING = 0.0022"),
+        ('result = run.logged("eval", 0)', "result = {}"),
+        ('"eval_before": before}', '"eval_before": after}'),
+        ('before[label]["loss"], row["loss"]', 'row["loss"], before[label]["loss"]'),
     ],
 }
 
