@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         for variant in args.variants:
             results[variant].append(fine_tune(folder, model, variant, seed, flags))
 
-    print(f"{args.seeds} seeds, mean ± standard error; {CAPTION}\n")
+    print(f"seeds: {args.seeds}; mean ± standard error; {CAPTION}\n")
     rows = [shared.constrained_row(variant, runs) for variant, runs in results.items()]
     shared.print_table(HEADER, rows)
     probed = []

@@ -106,7 +106,7 @@ def eval_losses(folders: Iterable[Path]) -> np.ndarray:
 def print_losses(losses: dict[str, np.ndarray], tasks: Sequence[str], seeds: int) -> None:
     """A row a variant. losses: variant -> (seeds, tasks)."""
     title = "held-out loss (nats per response token), mean ± standard error over"
-    print(f"{title} {seeds} seeds\n")
+    print(f"{title} {seeds} seed{'s' * (seeds > 1)}\n")
     rows = []
     for variant, values in losses.items():
         columns = [*values.T, values.mean(1)]
