@@ -253,6 +253,8 @@ def t_interval(values: list[float]) -> tuple[float, float, float]:
 
 def shown(values: list[float], digits: int = 4) -> str:
     mean, low, high = t_interval(values)
+    if len(values) < 2:
+        return f"{mean:+.{digits}f}"
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
@@ -359,7 +361,7 @@ def grid(results: Results) -> None:
     base = results.base()
     before = [f"{mean_loss(base, part):.4f}" for part in ("train", "held_out")]
     print(f"nats per response token; before training {before[0]} on training rows, {before[1]} on")
-    print(f"held-out rows; {args.seeds} seeds, differences paired, 95 % intervals\n")
+    print(f"held-out rows; seeds: {args.seeds}, differences paired, 95 % intervals\n")
     header = ["lr", "epochs", "training rows: NTP", "SFTMix", "held-out rows: NTP", "SFTMix"]
     print_table([*header, "SFTMix - NTP, held-out"], rows)
     title = "held-out loss, SFTMix - NTP (nats per token)"
