@@ -63,7 +63,7 @@ report() {  # report NAME: the table of an experiment
 # ---- laptop, small
 
 laptop() {
-  echo "laptop: about 10 minutes on 2 CPU cores, no network, 100 MB in runs/laptop"
+  echo "laptop: about 6 minutes on one CPU core, no network, 50 MB in runs/laptop"
   export OMP_NUM_THREADS=1  # the models are too small for more
   run "$PYTHON" benchmarks/sftmix.py --seeds 1 --variants NTP SFTMix --output_dir runs/laptop/sftmix
   run "$PYTHON" benchmarks/dynamix_sft.py mixtures --seeds 0 --output_dir runs/laptop/dynamix_sft
@@ -87,10 +87,10 @@ small() {
   run "${real[@]}" grid "${sft[@]}" --seeds 1
   run "${real[@]}" arms "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 3
   run "${real[@]}" reference "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 3
-  run "${real[@]}" cut --rows "$rows/tulu_like.jsonl" --source_column dataset --characters 600 \
-    --train 400 --test 24 --output_dir $cut/tulu
+  run "${real[@]}" cut --rows "$rows/tulu_like.jsonl" --source_column dataset --train 800 \
+    --test 24 --output_dir $cut/tulu
   run "${real[@]}" mixture --model "$model" --data $cut/tulu/train.jsonl --source_column dataset \
-    --held_out $cut/tulu/test-*.jsonl --lr 2e-5 --epochs 1 --update_every 5 \
+    --held_out $cut/tulu/test-*.jsonl --lr 2e-5 --epochs 1 --update_every 10 \
     --reward_batch_size 8 --output_dir runs/small/mixture
   local label sources=(math=gsm8k_train code=code_alpaca chat=dolly) data=() held_out=()
   for label in math code chat; do
