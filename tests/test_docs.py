@@ -139,6 +139,6 @@ def test_citations_agree():
     for title in re.findall(r'^    title: "([^"]+)"', read("CITATION.cff"), re.M):
         assert title in readme
     authors = re.findall(r"family-names: (\w+), given-names: (\w+)", read("CITATION.cff"))
-    assert len(authors) == 18
+    assert len(authors) == 17
     for family, given in authors:
         assert f"{family}, {given}" in readme

@@ -146,7 +146,9 @@ def test_every_row_is_trained_and_evaluated(tmp_path, report):
             else:
                 assert flags["--tasks"] == ["dynamixsft"]
         used = {path for flags in trained.values() for path in flags.get("--confidence", [])}
-        assert used <= {f"{run}/confidence.jsonl" for run in trained}
+        own = {"--confidence", "--ntp_on", "--partition"}  # a run with any has no reference
+        with_reference = [run for run, flags in trained.items() if not own & set(flags)]
+        assert used <= {f"{run}/confidence.jsonl" for run in with_reference}
 
 
 ROWS = """
@@ -183,6 +185,61 @@ def test_rows_differ_as_the_paper_says(tmp_path, row):
                 assert flags[flag] == values
             return
     pytest.fail(f"{name} has no {run}")
+
+
+def test_the_scenario(tmp_path, report):
+    """Every run is evaluated, no domain is called as a task, each constraint has a gradient."""
+    *runs, evaluation_, last = commands(tmp_path, "paper", "dynamics-scenario")
+    assert last == ["python", "benchmarks/report.py", "dynamics-scenario"]
+    flags = flags_in(evaluation_)
+    assert flags["--model"] == [f"runs/{name}/final" for name in report.SCENARIO]
+    assert set(flags["--tasks"]) == set(report.GENERAL) and "--eval_data" not in flags
+    assert [flags_in(run)["--output_dir"] for run in runs] == [
+        [f"runs/{name}"] for name in report.SCENARIO
+    ]
+    for run in runs:
+        flags = flags_in(run)
+        assert "--accuracy" not in flags
+        labels = [spec.split("#")[0] for spec in flags["--eval_data"]]
+        assert set(labels) == {*flags["--targets"], *flags["--constraints"]}
+        known = {spec.split("#")[0] for spec in flags["--data"]}
+        assert set(flags.get("--target_data", [])) <= known
+
+
+NEEDS = {"sftmix-table1": "FASTCHAT", "sftmix-table2": "MEDQA5", "sftmix-table7": "FASTCHAT"}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_what_is_missing_is_said_before_training(tmp_path, name):
+    done = run_sh(tmp_path, "paper", name)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"error: set {NEEDS[name]}, see the head of run.sh\n"
+
+
+def test_a_missing_alpaca_eval_is_said_before_training(tmp_path):
+    known = {"FASTCHAT": "x", "OPENAI_API_KEY": "x", "ALPACA_EVAL": "no-such-command"}
+    done = run_sh(tmp_path, "paper", "sftmix-table9", **known)
+    assert done.returncode == 127 and not done.stdout and "no-such-command" in done.stderr
+
+
+def test_gpus_are_counted(tmp_path):
+    env = {"GPUS": "", "CUDA_VISIBLE_DEVICES": "0,3"}
+    command = commands(tmp_path, "paper", "sftmix-table9", **env)[0]
+    assert command[command.index("--nproc_per_node") + 1] == "2"
+
+
+def test_numbers_of_the_papers_agree_with_themselves(report):
+    """MT-Bench's overall is the mean of both turns, Table 2's average that of its columns."""
+    checked = 0
+    for table in report.TABLES.values():
+        for row in table.rows.values():
+            if table.columns == report.CHAT and None not in row[:3]:
+                assert row[2] == pytest.approx((row[0] + row[1]) / 2, abs=1e-4)
+                checked += 1
+            elif table.columns == report.MEDICAL:
+                assert row[4] == pytest.approx(sum(row[:4]) / 4, abs=0.011)
+                checked += 1
+    assert checked >= 30
 
 
 def test_several_gpus_finished_runs(tmp_path):
