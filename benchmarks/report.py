@@ -212,10 +212,10 @@ def read_json(path: Path) -> dict:
 
 
 def results(run: Path) -> dict:
-    """{task: metrics} of a run's eval/results.json, without a --base; {} where there is none."""
-    found = read_json(run / "eval" / "results.json")
-    own = [tasks for model, tasks in found.items() if f"{run}/final" == model]
-    return (own or list(found.values()) or [{}])[0]
+    """{task: metrics} of the one model in a run's eval/results.json; {} where there is none, and
+    where several are: none is to stand in another's row."""
+    found = list(read_json(run / "eval" / "results.json").values())
+    return found[0] if len(found) == 1 else {}
 
 
 def metric(metrics: dict, name: str) -> float | None:

@@ -307,6 +307,25 @@ def test_report_of_benchmarks(tmp_path, report):
     assert row == [run.name, "26.99", ""]
 
 
+def test_report_of_several_models(tmp_path, report):
+    """Another model's numbers do not stand in a run's row."""
+    run = tmp_path / "llama-alpaca-weaker"
+    found = {name: {"mt_bench": {"score": 4.5}} for name in ("base", "other")}
+    write_json(run / "eval" / "results.json", found)
+    text = printed(report.main, "sftmix-table3", "--runs", tmp_path)
+    assert table_row(text, run.name)[6:] == [""] * 5
+
+
+def test_report_of_the_scenario(tmp_path, report):
+    run = tmp_path / "dynamics-light"
+    write_json(run / "summary.json", constrained_summary(11.0, True, 0.0))
+    found = {"Qwen/Qwen3-8B": {"mmlu": {"acc": 0.9}}, "runs/dynamics-light/final": {}}
+    found["runs/dynamics-light/final"] = {"mmlu": {"acc": 0.25}, "gsm8k": {"exact_match,x": 0.5}}
+    write_json(tmp_path / "dynamics-eval" / "results.json", found)
+    row = table_row(printed(report.main, "dynamics-scenario", "--runs", tmp_path), run.name)
+    assert row[1:] == ["1/1", "1/1", "11.0", "11.0", "0.0000", "4.50", "50.00", "", "25.00", ""]
+
+
 def constrained_summary(reduction, feasible, violation):
     report = {"feasible": feasible, "feasible_on_validation": feasible}
     report["reduction_percent"] = reduction if feasible else 0.0
