@@ -571,6 +571,8 @@ def constraints(results: Results) -> None:
     header += ["largest violation on test rows", "cost of one run"]
     print_table(header, [shared.constrained_row(name, summaries(lines[name])) for name in lines])
     print(f"\noracle among the fixed mixtures (chosen on test rows): {best}")
+    print("\nlosses of final/ on test rows, mean over seeds\n")
+    print_table(["", *args.targets, *held], domain_rows(lines))
     probed = []
     for name, found in lines.items():
         if name.startswith("DynaMiCS"):
@@ -586,6 +588,23 @@ def summaries(lines: list[dict]) -> list[dict]:
 
 def mean_reduction(lines: list[dict]) -> float:
     return np.mean([line["summary"]["report"]["reduction_percent"] for line in lines])
+
+
+def domain_rows(lines: dict[str, list[dict]]) -> list[list[str]]:
+    """Test loss by domain: before training, the levels of the constraints, and of each variant."""
+
+    def losses(report: dict, key: str) -> list[float]:
+        domains = [*report["targets"].values(), *report["constraints"].values()]
+        return [domain.get(key, np.nan) for domain in domains]
+
+    first = next(iter(lines.values()))[0]["summary"]["report"]
+    rows = {"before training": losses(first, "before"), "level": losses(first, "reference")}
+    for name, found in lines.items():
+        rows[name] = np.mean([losses(each["report"], "after") for each in summaries(found)], 0)
+    cells = {}
+    for name, values in rows.items():
+        cells[name] = ["-" if np.isnan(value) else f"{value:.4f}" for value in values]
+    return [[name, *own] for name, own in cells.items()]
 
 
 def draw_feasible(path: Path, lines: dict[str, list[dict]]) -> None:
@@ -609,7 +628,8 @@ def draw_feasible(path: Path, lines: dict[str, list[dict]]) -> None:
 
 def cut(args: argparse.Namespace) -> None:
     """Write train.jsonl and test.jsonl, or with --source_column test-<value>.jsonl of each value.
-    Rows are drawn at random without replacement, those of equal text never on both sides."""
+    Rows are drawn at random without replacement, those of equal text never on both sides. At most
+    a third of a file's rows is held out; of a value too small for --test rows, none is written."""
     text = Path(args.rows).read_text(encoding="utf-8")
     lines = {line for line in text.split("\n") if line.strip()}
     lines = sorted(line for line in lines if len(line) <= args.characters)
@@ -622,6 +642,9 @@ def cut(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for value, own in groups.items():
         size = min(args.test, len(own) // 3)
+        if value is not None and size < args.test:
+            print(f"{value!r} is left out: {len(own)} rows are fewer than 3 x --test {args.test}")
+            continue
         name = "test" if value is None else f"test-{shared.slug(str(value))}"
         common.write_text(folder / f"{name}.jsonl", "\n".join(own[:size]) + "\n")
         left += own[size:]

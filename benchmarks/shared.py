@@ -28,9 +28,10 @@ import common  # noqa: E402 (the path comes first)
 
 
 def argument_parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose --help shows the description as it stands in the file."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(description=description, formatter_class=as_written)
+    """A parser whose --help shows the description as it stands in the file. No abbreviations: a
+    flag that it does not know goes on to a script's, and real.py has --references."""
+    own = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return argparse.ArgumentParser(description=description, **own)
 
 
 # ---- runs

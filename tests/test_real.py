@@ -43,11 +43,13 @@ def flags(rows, tmp_path_factory):
     return folder, ["--model", "tiny", *sets, *own]
 
 
-def test_cut(real, tmp_path):
+def test_cut(real, tmp_path, capsys):
     records = []
     for i in range(60):
         text = "x" * (200 * (i % 2))  # every other row is long
         records.append({"source": "ab"[i % 4 // 2], "instruction": f"{i} {text}", "output": "y"})
+    for i in range(14):  # one less than three times what is held out
+        records.append({"source": "c", "instruction": f"c {i}", "output": "y"})
     records += records[:10]  # twice the same text
     path = to_jsonl(tmp_path / "all.jsonl", records)
     flags = ["cut", "--rows", str(path), "--characters", "150", "--train", "12", "--test", "5"]
@@ -61,6 +63,15 @@ def test_cut(real, tmp_path):
     assert len(set(everything)) == 22
     assert all(len(text) < 10 for text in everything)
     assert {row["source"] for row in train} == {"a", "b"}
+    assert "'c' is left out: 14 rows are fewer than 3 x --test 5" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "test-c.jsonl").exists()
+
+
+def test_flags_of_the_scripts_pass_through(real):
+    """--reference is dynamics.py's, and no short form of --references."""
+    needed = ["--model", "tiny", "--data", "a", "--held_out", "b"]
+    args = real.parse_args(["constraints", *needed, "--reference", "code=-10%"])
+    assert args.flags == ["--reference", "code=-10%"]
 
 
 def test_the_ntp_arm_is_the_reference(real, flags, tmp_path):
@@ -142,3 +153,15 @@ def test_a_run_needs_its_flags(real):
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as error:
         real.main(["grid", "--model", "tiny"])
     assert "grid needs --data" in error.getvalue()
+
+
+def test_losses_by_domain(real):
+    def line(math, code):
+        targets = {"math": {"before": 2.0, "after": math}}
+        held = {"code": {"before": 3.0, "after": code, "reference": 2.7, "violation": 0}}
+        return {"summary": {"report": {"targets": targets, "constraints": held}}}
+
+    rows = real.domain_rows({"one": [line(1.0, 2.5), line(1.5, 2.6)], "two": [line(1.2, 2.8)]})
+    assert rows[0] == ["before training", "2.0000", "3.0000"]
+    assert rows[1] == ["level", "-", "2.7000"]
+    assert rows[2:] == [["one", "1.2500", "2.5500"], ["two", "1.2000", "2.8000"]]
