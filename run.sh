@@ -104,24 +104,23 @@ small() {
   sft+=(--output_dir runs/small/sftmix)
   run "${real[@]}" grid "${sft[@]}" --seeds 1
   run "${real[@]}" arms "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 3
-  run "${real[@]}" reference "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 3
-  run "${real[@]}" cut --rows "$rows/tulu_like.jsonl" --source_column dataset --train 800 \
-    --test 24 --output_dir $cut/tulu
+  run "${real[@]}" reference "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 2
+  run "${real[@]}" cut --rows "$rows/tulu_like.jsonl" --source_column dataset --characters 600 \
+    --train 480 --test 16 --output_dir $cut/tulu
   run "${real[@]}" mixture --model "$model" --data $cut/tulu/train.jsonl --source_column dataset \
-    --held_out $cut/tulu/test-*.jsonl --lr 2e-5 --epochs 1 --update_every 10 \
-    --reward_batch_size 8 --output_dir runs/small/mixture
-  local label sources=(math=gsm8k_train code=code_alpaca chat=dolly) data=() held_out=()
-  for label in math code chat; do
-    local source=${sources[0]#*=}
-    sources=("${sources[@]:1}")
-    run "${real[@]}" cut --rows "$rows/$source.jsonl" --characters 600 --train 200 --test 96 \
+    --held_out $cut/tulu/test-*.jsonl --lr 2e-5 --epochs 1 --update_every 3 \
+    --reward_batch_size 8 --seeds 3 --output_dir runs/small/mixture
+  local spec label data=() held_out=()
+  for spec in math=gsm8k_train code=code_alpaca chat=dolly quiz=medmcqa_test; do
+    label=${spec%%=*}
+    run "${real[@]}" cut --rows "$rows/${spec#*=}.jsonl" --characters 300 --train 200 --test 64 \
       --output_dir "$cut/$label"
     data+=("$label=$cut/$label/train.jsonl")
     held_out+=("$label=$cut/$label/test.jsonl")
   done
-  run "${real[@]}" constraints --model "$model" --data "${data[@]}" \
-    --held_out "${held_out[@]}" "quiz=$rows/medmcqa_test.jsonl#96" --accuracy quiz --lr 2e-4 \
-    --steps 96 --eval_limit 24 --output_dir runs/small/constraints
+  run "${real[@]}" constraints --model "$model" --data "${data[@]:0:3}" \
+    --held_out "${held_out[@]}" --lr 2e-4 --steps 48 --batch_size 4 --eval_limit 16 \
+    --reference code=-15% chat=-13% quiz=-15% --seeds 1 --output_dir runs/small/constraints
 }
 
 # ---- the papers' experiments

@@ -328,7 +328,7 @@ def draw_intervals(path: Path, rows: dict[str, list[float]], title: str) -> None
         axis.errorbar(mean, place, xerr=error, fmt="o", capsize=3, color="C0")
     axis.axvline(0, color="0.5", linewidth=0.8)
     axis.set_yticks(range(len(rows)), list(rows))
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(title)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
@@ -537,6 +537,8 @@ def draw_coverage(path: Path, lines: dict[str, list[dict]]) -> None:
             means.append(np.mean([each[label]["coverage"] for each in mixtures]))
         axis.barh(np.arange(len(labels)) + 0.25 * (place - 1), means, 0.25, label=name)
     axis.axvline(1, color="0.5", linewidth=0.8)
+    axis.set_xscale("symlog", linthresh=1)  # linear up to 1; small sources are drawn many times
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
     axis.set_xlabel("instance coverage: drawn / (size · epochs)")
