@@ -104,7 +104,8 @@ small() {
   sft+=(--output_dir runs/small/sftmix)
   run "${real[@]}" grid "${sft[@]}" --seeds 1
   run "${real[@]}" arms "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 3
-  run "${real[@]}" reference "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 2
+  run "${real[@]}" reference "${sft[@]}" --lr 1e-4 --epochs 6 --seeds 3 \
+    --references "first layers" free
   run "${real[@]}" cut --rows "$rows/tulu_like.jsonl" --source_column dataset --characters 600 \
     --train 480 --test 16 --output_dir $cut/tulu
   run "${real[@]}" mixture --model "$model" --data $cut/tulu/train.jsonl --source_column dataset \
